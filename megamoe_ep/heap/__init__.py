@@ -14,8 +14,8 @@ from megamoe_ep.errors import ArgumentError, UnsupportedDeviceError
 class Heap(Protocol):
     """One symmetric allocation over the ranks of a group.
 
-    ``alloc`` and ``barrier`` are collective; ``free`` is where the implementation says so. A
-    collective that fails on one rank raises on all of them.
+    ``alloc``, ``barrier`` and ``free`` are collective. An ``alloc`` that fails on one rank raises
+    on all of them.
     """
 
     def alloc(self, nbytes: int) -> torch.Tensor:
@@ -43,8 +43,13 @@ class Heap(Protocol):
     def barrier(self) -> None:
         """Returns once every rank has called it. Raises BootstrapError past the deadline."""
 
-    def free(self) -> None:
-        """Gives the memory back; safe to call twice."""
+    def free(self, *, together: bool = True) -> None:
+        """Gives the memory back; safe to call twice.
+
+        Args:
+            together: every rank is freeing, as it must where that is collective. False, after a
+                rank has failed: wait for nobody, even if memory stays taken until the process ends.
+        """
 
     def __enter__(self) -> Self: ...
 
@@ -59,7 +64,10 @@ class Heap(Protocol):
 def open_heap(
     group: Group, device: torch.device | str, nbytes: int, *, timeout_s: float | None = None
 ) -> Heap:
-    """The heap for tensors on ``device``: host memory for "cpu", NVSHMEM for "cuda". Collective.
+    """The heap for tensors on ``device``; collective.
+
+    On "cpu" it is host memory, shared by the ranks of one machine; on "cuda" it is NVSHMEM's, or,
+    for a lone rank, the GPU's own memory.
 
     Args:
         group: the ranks.
@@ -78,6 +86,10 @@ def open_heap(
         from megamoe_ep.heap.host import HostHeap
 
         return HostHeap(group, timeout_s)
+    if device.type == "cuda" and group.world_size == 1:
+        from megamoe_ep.heap.local import LocalHeap
+
+        return LocalHeap(device)
     if device.type == "cuda":
         from megamoe_ep.heap.nvshmem import NvshmemHeap
 

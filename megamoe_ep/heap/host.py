@@ -93,8 +93,8 @@ class HostHeap:
     def barrier(self) -> None:
         self._group.barrier(timeout_s=self._timeout_s)
 
-    def free(self) -> None:
-        """Drops this rank's mappings; not collective. A view that is still held keeps its own."""
+    def free(self, *, together: bool = True) -> None:
+        """Drops this rank's mappings, waiting for nobody; a view that is still held keeps its own."""
         self._freed = True
         self._parts = []
 
