@@ -94,7 +94,7 @@ class HostHeap:
         self._group.barrier(timeout_s=self._timeout_s)
 
     def free(self, *, together: bool = True) -> None:
-        """Drops this rank's mappings, waiting for nobody; a view that is still held keeps its own."""
+        """Drops this rank's mappings, waiting for nobody; a view still held keeps its own."""
         self._freed = True
         self._parts = []
 

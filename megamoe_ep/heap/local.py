@@ -1,4 +1,4 @@
-"""The heap of a lone rank: ordinary memory of its device, since there is nobody to share it with."""
+"""The heap of a lone rank on a GPU: that GPU's ordinary memory, with nobody to share it."""
 
 from __future__ import annotations
 
