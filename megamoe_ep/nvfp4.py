@@ -52,7 +52,7 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     codes += magnitude >= 3.5
     codes += magnitude > 5.0
     negative = torch.signbit(x) & ~torch.isnan(x)
-    return codes + negative * 8
+    return codes | negative.to(torch.uint8) << 3
 
 
 def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor | float) -> QuantizedTe
         global_scale = torch.full((), global_scale, device=x.device)
     g = _per_row(global_scale, x.shape[:-1], x.device)[..., None]
 
-    blocks = x.float().unflatten(-1, (x.shape[-1] // BLOCK, BLOCK))
+    blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     amax = blocks.abs().amax(-1)
     scales = (amax / (E2M1_MAX * g)).clamp(UE4M3_MIN, UE4M3_MAX)
     scales = torch.where(amax.isfinite(), scales, torch.nan).to(torch.float8_e4m3fn)
@@ -129,7 +129,7 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor | float) -> QuantizedTe
 
 
 def quantize_per_token(x: torch.Tensor) -> QuantizedTensor:
-    """Quantises each row of ``x`` (bf16, fp16 or fp32 [..., K]) with a global scale of its own.
+    """Quantises each row of ``x`` (bf16, fp16 or fp32 [..., K]) with its own global scale.
 
     The scale, fp32 [...], is ``global_scale_from_amax`` of the row. A row that holds NaN or infinity
     gets NaN scales and zero codes, and changes no other row.
@@ -169,7 +169,7 @@ def dequantize(
             f"scales must have one element for every {BLOCK // 2} bytes of codes; "
             f"got codes {list(codes.shape)} and scales {list(scales.shape)}."
         )
-    values = _decode_bytes(codes).unflatten(-1, (scales.shape[-1], BLOCK))
+    values = _decode_bytes(codes).view(*scales.shape, BLOCK)
     values = (values * scales.to(torch.bfloat16)[..., None]).flatten(-2)
     if global_scale is None:
         return values
