@@ -131,7 +131,7 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor | float) -> QuantizedTe
 def quantize_per_token(x: torch.Tensor) -> QuantizedTensor:
     """Quantises each row of ``x`` (bf16, fp16 or fp32 [..., K]) with its own global scale.
 
-    The scale, fp32 [...], is ``global_scale_from_amax`` of the row. A row that holds NaN or infinity
+    The scale, fp32 [...], is ``global_scale_from_amax`` of the row. A row that holds NaN or inf
     gets NaN scales and zero codes, and changes no other row.
 
     Raises:
