@@ -1,0 +1,272 @@
+"""SymmBuffer: the symmetric memory of one layer shape, as named views, and its local workspace."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace, TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from megamoe_ep.errors import (
+    ArgumentError,
+    BufferDestroyedError,
+    LayerMismatchError,
+    PeerTimeoutError,
+)
+from megamoe_ep.heap import open_heap
+from megamoe_ep.shape import ActivationFormat, LayerShape
+
+if TYPE_CHECKING:
+    from megamoe_ep.bootstrap import Group
+
+PHASES = ("dispatch", "combine")  # the two places of a call where a rank waits for others
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory of one rank that no other rank sees.
+
+    ``rows`` is what L1 reads and, once L1 is done with it, what L2 writes.
+    """
+
+    rows: torch.Tensor  # bf16 [R, H], R = world_size * max_num_tokens * top_k
+    row_scales: torch.Tensor  # fp32 [R], global scale of the row's activation; 1 in bf16 format
+    row_slot: torch.Tensor  # int32 [R], (source rank * T + index in its block) * K + slot
+    expert_offsets: torch.Tensor  # int32 [L + 1], first row of each local expert
+    h: torch.Tensor  # bf16 [R, I]
+
+    @classmethod
+    def allocate(cls, shape: LayerShape, device: torch.device) -> Workspace:
+        r = shape.max_rows
+        return cls(
+            rows=torch.empty(r, shape.hidden_size, dtype=torch.bfloat16, device=device),
+            row_scales=torch.ones(r, dtype=torch.float32, device=device),
+            row_slot=torch.empty(r, dtype=torch.int32, device=device),
+            expert_offsets=torch.zeros(
+                shape.experts_per_rank + 1, dtype=torch.int32, device=device
+            ),
+            h=torch.empty(r, shape.intermediate_size, dtype=torch.bfloat16, device=device),
+        )
+
+
+class SymmBuffer:
+    """Symmetric buffers of one rank for one layer shape; any number of layers may share it in turn.
+
+    Creating and destroying one is collective: every rank of ``group`` does it, in the same order.
+
+    Args:
+        group: the ranks.
+        shape: sizes of the layer, equal on all ranks.
+        device: where the layer runs; None takes the group's own choice.
+        timeout_s: deadline of every wait for another rank, in seconds.
+
+    Attributes:
+        x, x_sf, x_scales, topk_idx, topk_weights, num_tokens: the staged inputs (see
+            ``LayerShape.regions`` for shapes); ``x_sf`` and ``x_scales`` only in "nvfp4" format.
+        buffer: the whole allocation of this rank, uint8 [shape.symmetric_nbytes].
+        local: namespace of all regions of this rank; ``peers[r]``: the same of rank ``r``.
+        peer_ptrs: int64 [W], address of every rank's allocation as seen from this rank.
+        experts_start_idx: the first expert that this rank owns.
+        input_global_scale: fp32 [1] tensor, the static global scale of the activations, or None:
+            each token gets its own. Only in "nvfp4" format.
+        bytes_put: bytes that the portable kernels have written to each rank, by phase, since
+            creation: {"dispatch": [..W..], "combine": [..W..]}.
+
+    Raises:
+        LayerMismatchError: the ranks gave different sizes; raised on every rank.
+        HeapError, HeapTooSmallError: symmetric memory cannot be had on some rank.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        shape: LayerShape,
+        *,
+        device: torch.device | str | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        if not timeout_s > 0:
+            raise ArgumentError(f"timeout_s must be a positive number of seconds; got {timeout_s}.")
+        if shape.world_size != group.world_size:
+            raise ArgumentError(
+                f"shape.world_size must be the size of group, {group.world_size}; "
+                f"got {shape.world_size}."
+            )
+        self.group = group
+        self.shape = shape
+        self.rank = group.rank
+        self.device = torch.device(device) if device is not None else group.device
+        self.timeout_s = float(timeout_s)
+        self.experts_start_idx = self.rank * shape.experts_per_rank
+        self.input_global_scale: torch.Tensor | None = None
+        self.bytes_put = {phase: [0] * shape.world_size for phase in PHASES}
+        self._check_agreement()
+
+        self.workspace = Workspace.allocate(shape, self.device)
+        self._heap = open_heap(group, self.device, shape.symmetric_nbytes, timeout_s=timeout_s)
+        try:
+            self.buffer = self._heap.alloc(shape.symmetric_nbytes)
+            self.buffer.zero_()
+            self.peers = [
+                SimpleNamespace(**shape.tensors(self._heap.peer(r)))
+                for r in range(shape.world_size)
+            ]
+            self.local = self.peers[self.rank]
+            self.local.topk_idx.fill_(-1)
+            self.peer_ptrs = self._heap.peer_ptrs
+            self._heap.fence()
+            # A peer may write here as soon as it is through this barrier: not before the zeroing.
+            self._heap.barrier()
+        except BaseException:
+            self.destroy()
+            raise
+
+    @staticmethod
+    def nbytes_for(
+        world_size: int,
+        num_experts: int,
+        max_num_tokens: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation_format: ActivationFormat = "nvfp4",
+    ) -> int:
+        """Bytes of symmetric memory that each rank will need, known before anything is allocated.
+
+        The local workspace comes on top: ``LayerShape.workspace_nbytes``.
+        """
+        return LayerShape(
+            num_experts,
+            max_num_tokens,
+            top_k,
+            hidden_size,
+            intermediate_size,
+            world_size,
+            activation_format,
+        ).symmetric_nbytes
+
+    def _check_agreement(self) -> None:
+        mine = {**asdict(self.shape), "device type": self.device.type, "timeout_s": self.timeout_s}
+        everyone = self.group.all_gather_object(mine)
+        for name in mine:
+            values = [other[name] for other in everyone]
+            if any(value != values[0] for value in values):
+                raise LayerMismatchError(
+                    f"every rank must create the buffer with the same {name}; got "
+                    f"{dict(enumerate(values))} by rank. Give all ranks the same arguments."
+                )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        # Reached only for what is not set: the regions of this rank, or anything after destroy().
+        local = self.__dict__.get("local")
+        if local is not None and hasattr(local, name):
+            return getattr(local, name)
+        raise AttributeError(f"SymmBuffer has no attribute {name!r}")
+
+    def fence(self) -> None:
+        """Orders this rank's stores before it against those after it, for every rank's eyes."""
+        self._heap.fence()
+
+    def check(self) -> None:
+        """Raises if the buffer is destroyed, or if a call on it has failed on any rank.
+
+        Raises:
+            BufferDestroyedError: after ``destroy()``.
+            PeerTimeoutError: a rank missed a deadline; the same error every time from then on.
+        """
+        if self._heap is None:
+            raise BufferDestroyedError(
+                "buffer was used after destroy(); create a new one with "
+                "get_symm_buffer_for_nvfp4_mega_moe()."
+            )
+        for found_by, record in enumerate(self.local.abort.tolist()):
+            if record[0]:
+                raise self._read_abort(found_by, record)
+
+    def abort(self, ranks: list[int], phase: str, epoch: int, seen: int) -> PeerTimeoutError:
+        """Tells every rank that ``ranks`` missed the deadline, and returns the error to raise."""
+        mask = [
+            sum(1 << (r % 64) for r in ranks if r // 64 == word) for word in range(MASK_WORDS)
+        ]
+        signed = [m - (1 << 64) if m >= 1 << 63 else m for m in mask]
+        record = torch.tensor([1, PHASES.index(phase), epoch, seen, *signed], device=self.device)
+        for peer in self.peers:
+            peer.abort[self.rank, 1:] = record[1:]
+        self.fence()
+        for peer in self.peers:
+            peer.abort[self.rank, :1] = record[:1]
+        self.fence()
+        return self._read_abort(self.rank, record.tolist())
+
+    def _read_abort(self, found_by: int, record: list[int]) -> PeerTimeoutError:
+        _, phase, epoch, seen, *mask = record
+        ranks = [r for r in range(self.shape.world_size) if mask[r // 64] >> (r % 64) & 1]
+        return PeerTimeoutError(ranks, PHASES[phase], epoch, seen, self.timeout_s, found_by)
+
+    def destroy(self) -> None:
+        """Gives the symmetric memory back; safe to call twice, and after a failed call."""
+        heap, self._heap = self.__dict__.get("_heap"), None
+        self.__dict__.pop("local", None)
+        self.__dict__.pop("peers", None)
+        self.__dict__.pop("buffer", None)
+        if heap is not None:
+            heap.free()
+
+    def __enter__(self) -> SymmBuffer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.destroy()
+
+
+MASK_WORDS = 4
+
+
+def get_symm_buffer_for_nvfp4_mega_moe(
+    group: Group,
+    num_experts: int,
+    max_num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    *,
+    activation_format: ActivationFormat = "nvfp4",
+    device: torch.device | str | None = None,
+    timeout_s: float = 60.0,
+) -> SymmBuffer:
+    """Allocates the symmetric buffers of a layer; collective over ``group``.
+
+    Args:
+        group: the ranks, a ``Group``, a torch ``ProcessGroup``, an mpi4py communicator, or None for
+            a lone process.
+        num_experts: experts of the layer over all ranks.
+        max_num_tokens: the most tokens that one rank brings to one call.
+        top_k: expert slots of a token.
+        hidden_size, intermediate_size: H and I of the layer.
+        activation_format: "nvfp4" or "bf16", see ``LayerShape``.
+        device: where the layer runs; None takes this rank's GPU if there is one, else the CPU.
+        timeout_s: deadline of every wait for another rank, in seconds.
+
+    Raises:
+        ArgumentError, LayerMismatchError, HeapError, HeapTooSmallError: see ``SymmBuffer``.
+    """
+    from megamoe_ep.bootstrap import Group
+
+    group = Group.of(group)
+    shape = LayerShape(
+        num_experts,
+        max_num_tokens,
+        top_k,
+        hidden_size,
+        intermediate_size,
+        group.world_size,
+        activation_format,
+    )
+    return SymmBuffer(group, shape, device=device, timeout_s=timeout_s)
