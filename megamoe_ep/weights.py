@@ -1,4 +1,4 @@
-"""Experts' weights: from a ModelOpt NVFP4 checkpoint on disk to the layout that the kernels read."""
+"""Experts' weights: from a ModelOpt NVFP4 checkpoint on disk to the layout the kernels read."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ def transform_weights_for_nvfp4_mega_moe(
     target = torch.device(device) if device is not None else l1[0].device
     if layout is None:
         layout = weight_layout(target)
-    return _to_layout(*l1, target, layout, gated=True), _to_layout(
-        *l2, target, layout, gated=False
-    )
+    return _to_layout(*l1, target, layout, gated=True), _to_layout(*l2, target, layout, gated=False)
 
 
 def _to_layout(
