@@ -1,4 +1,4 @@
-"""Every error that a person can cause, each a sentence: what was expected, what was given, what to do."""
+"""Every error that a person can cause: what was expected, what was given, what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of one layer over one group of ranks, and where each region lies in symmetric memory."""
+"""The shape of a layer over a group of ranks, and where each region lies in symmetric memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayerShape:
         hidden_size: H, a multiple of 16.
         intermediate_size: I, a multiple of 16.
         world_size: W, ranks of the group, 1 to 256.
-        activation_format: "nvfp4" (activations are quantised before L1) or "bf16" (left as they are).
+        activation_format: "nvfp4" (activations are quantised before L1) or "bf16" (left alone).
 
     Raises:
         ArgumentError: a size is out of its range.
@@ -66,7 +66,9 @@ class LayerShape:
                         f"activation_format must be 'nvfp4' or 'bf16'; got {value!r}."
                     )
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{field.name} must be an integer of at least 1; got {value!r}.")
+                raise ArgumentError(
+                    f"{field.name} must be an integer of at least 1; got {value!r}."
+                )
         if self.world_size > MAX_RANKS:
             raise ArgumentError(
                 f"group must have at most {MAX_RANKS} ranks; got {self.world_size}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -14,13 +14,14 @@ from megamoe_ep.errors import (
     LayerMismatchError,
     PeerTimeoutError,
 )
-from megamoe_ep.heap import open_heap
+from megamoe_ep.heap import Heap, open_heap
 from megamoe_ep.shape import ActivationFormat, LayerShape
 
 if TYPE_CHECKING:
     from megamoe_ep.bootstrap import Group
 
 PHASES = ("dispatch", "combine")  # the two places of a call where a rank waits for others
+MASK_WORDS = 4  # of 64 bits: the ranks that an abort record blames
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class SymmBuffer:
         local: namespace of all regions of this rank; ``peers[r]``: the same of rank ``r``.
         peer_ptrs: int64 [W], address of every rank's allocation as seen from this rank.
         experts_start_idx: the first expert that this rank owns.
+        staged_rows: rows that the last ``stage_activation`` may have filled.
         input_global_scale: fp32 [1] tensor, the static global scale of the activations, or None:
             each token gets its own. Only in "nvfp4" format.
         bytes_put: bytes that the portable kernels have written to each rank, by phase, since
@@ -100,11 +102,15 @@ class SymmBuffer:
         self.timeout_s = float(timeout_s)
         self.experts_start_idx = self.rank * shape.experts_per_rank
         self.input_global_scale: torch.Tensor | None = None
+        self.staged_rows = 0
         self.bytes_put = {phase: [0] * shape.world_size for phase in PHASES}
+        self._failed = False
         self._check_agreement()
 
         self.workspace = Workspace.allocate(shape, self.device)
-        self._heap = open_heap(group, self.device, shape.symmetric_nbytes, timeout_s=timeout_s)
+        self._heap: Heap | None = open_heap(
+            group, self.device, shape.symmetric_nbytes, timeout_s=timeout_s
+        )
         try:
             self.buffer = self._heap.alloc(shape.symmetric_nbytes)
             self.buffer.zero_()
@@ -119,6 +125,7 @@ class SymmBuffer:
             # A peer may write here as soon as it is through this barrier: not before the zeroing.
             self._heap.barrier()
         except BaseException:
+            self._failed = True
             self.destroy()
             raise
 
@@ -162,12 +169,20 @@ class SymmBuffer:
         # Reached only for what is not set: the regions of this rank, or anything after destroy().
         local = self.__dict__.get("local")
         if local is not None and hasattr(local, name):
-            return getattr(local, name)
+            return cast(torch.Tensor, getattr(local, name))
         raise AttributeError(f"SymmBuffer has no attribute {name!r}")
 
     def fence(self) -> None:
         """Orders this rank's stores before it against those after it, for every rank's eyes."""
-        self._heap.fence()
+        self._live_heap().fence()
+
+    def _live_heap(self) -> Heap:
+        if self._heap is None:
+            raise BufferDestroyedError(
+                "buffer was used after destroy(); create a new one with "
+                "get_symm_buffer_for_nvfp4_mega_moe()."
+            )
+        return self._heap
 
     def check(self) -> None:
         """Raises if the buffer is destroyed, or if a call on it has failed on any rank.
@@ -176,21 +191,17 @@ class SymmBuffer:
             BufferDestroyedError: after ``destroy()``.
             PeerTimeoutError: a rank missed a deadline; the same error every time from then on.
         """
-        if self._heap is None:
-            raise BufferDestroyedError(
-                "buffer was used after destroy(); create a new one with "
-                "get_symm_buffer_for_nvfp4_mega_moe()."
-            )
+        self._live_heap()
         for found_by, record in enumerate(self.local.abort.tolist()):
             if record[0]:
+                self._failed = True
                 raise self._read_abort(found_by, record)
 
     def abort(self, ranks: list[int], phase: str, epoch: int, seen: int) -> PeerTimeoutError:
         """Tells every rank that ``ranks`` missed the deadline, and returns the error to raise."""
-        mask = [
-            sum(1 << (r % 64) for r in ranks if r // 64 == word) for word in range(MASK_WORDS)
-        ]
+        mask = [sum(1 << (r % 64) for r in ranks if r // 64 == word) for word in range(MASK_WORDS)]
         signed = [m - (1 << 64) if m >= 1 << 63 else m for m in mask]
+        self._failed = True
         record = torch.tensor([1, PHASES.index(phase), epoch, seen, *signed], device=self.device)
         for peer in self.peers:
             peer.abort[self.rank, 1:] = record[1:]
@@ -206,13 +217,16 @@ class SymmBuffer:
         return PeerTimeoutError(ranks, PHASES[phase], epoch, seen, self.timeout_s, found_by)
 
     def destroy(self) -> None:
-        """Gives the symmetric memory back; safe to call twice, and after a failed call."""
+        """Gives the symmetric memory back; safe to call twice, and after a failed call.
+
+        Collective on GPUs, except after a failed call: then it waits for nobody.
+        """
         heap, self._heap = self.__dict__.get("_heap"), None
         self.__dict__.pop("local", None)
         self.__dict__.pop("peers", None)
         self.__dict__.pop("buffer", None)
         if heap is not None:
-            heap.free()
+            heap.free(together=not self._failed)
 
     def __enter__(self) -> SymmBuffer:
         return self
@@ -223,14 +237,13 @@ class SymmBuffer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # The other ranks may never get here when this one leaves by an error.
+        self._failed = self._failed or error is not None
         self.destroy()
 
 
-MASK_WORDS = 4
-
-
 def get_symm_buffer_for_nvfp4_mega_moe(
-    group: Group,
+    group: object,
     num_experts: int,
     max_num_tokens: int,
     top_k: int,
@@ -259,14 +272,14 @@ def get_symm_buffer_for_nvfp4_mega_moe(
     """
     from megamoe_ep.bootstrap import Group
 
-    group = Group.of(group)
+    ranks = Group.of(group, device=device, timeout_s=timeout_s)
     shape = LayerShape(
         num_experts,
         max_num_tokens,
         top_k,
         hidden_size,
         intermediate_size,
-        group.world_size,
+        ranks.world_size,
         activation_format,
     )
-    return SymmBuffer(group, shape, device=device, timeout_s=timeout_s)
+    return SymmBuffer(ranks, shape, device=device, timeout_s=timeout_s)

@@ -1,0 +1,61 @@
+"""The arrows of the data path, one module per implementation, all with the same contracts.
+
+``portable`` is torch on any device and says what each function means. ``cuda`` and ``cuda_sm100``
+are csrc's grouped GEMMs, ``cuda_comm`` its stage, dispatch and combine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from megamoe_ep.errors import ArgumentError, UnsupportedDeviceError
+
+WeightLayout = Literal["portable", "sm90", "sm100"]
+
+_GEMM_MODULES = {"portable": "portable", "sm90": "cuda", "sm100": "cuda_sm100"}
+_LAYOUT_OF_CAPABILITY: dict[tuple[int, int], WeightLayout] = {(9, 0): "sm90", (10, 0): "sm100"}
+
+
+@cache
+def weight_layout(device: torch.device) -> WeightLayout:
+    """The weight layout of the fastest GEMMs that ``device`` and this installation have.
+
+    Raises:
+        UnsupportedDeviceError: ``device`` is neither a CPU nor a CUDA GPU.
+    """
+    if device.type == "cpu":
+        return "portable"
+    if device.type != "cuda":
+        raise UnsupportedDeviceError(
+            f"device must be 'cpu' or 'cuda': csrc's kernels serve Hopper (9.0) and Blackwell "
+            f"(10.0), the portable ones every other GPU and the CPU; got '{device}'."
+        )
+    layout = _LAYOUT_OF_CAPABILITY.get(torch.cuda.get_device_capability(device))
+    if layout is None or _module("library").why_unavailable() is not None:
+        return "portable"
+    return layout
+
+
+def gemm_kernels(layout: WeightLayout) -> ModuleType:
+    """The module whose ``l1`` and ``l2`` read weights in ``layout``."""
+    if layout not in _GEMM_MODULES:
+        raise ArgumentError(
+            f"the weights' layout must be 'portable', 'sm90' or 'sm100'; got {layout!r}. Make the "
+            f"weights with transform_weights_for_nvfp4_mega_moe()."
+        )
+    return _module(_GEMM_MODULES[layout])
+
+
+def comm_kernels(device: torch.device) -> ModuleType:
+    """The module whose ``stage``, ``dispatch`` and ``combine`` serve tensors on ``device``."""
+    return _module("portable" if weight_layout(device) == "portable" else "cuda_comm")
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
