@@ -331,8 +331,8 @@ class MegaMoE(torch.nn.Module):
             size.intermediate_size,
         ):
             raise ArgumentError(
-                f"buffer must be of the layer's shape, {size}; got one of {shape}. Leave it out, or "
-                f"share it among layers of one shape."
+                f"buffer must be of the layer's shape, {size}; got one of {shape}. Share a buffer "
+                f"among layers of one shape only, or leave it out."
             )
         start = buffer.experts_start_idx
         experts = weight_files.read_modelopt_experts(

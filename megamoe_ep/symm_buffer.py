@@ -11,6 +11,7 @@ import torch
 from megamoe_ep.errors import (
     ArgumentError,
     BufferDestroyedError,
+    HeapTooSmallError,
     LayerMismatchError,
     PeerTimeoutError,
 )
@@ -107,13 +108,13 @@ class SymmBuffer:
         self._failed = False
         self._check_agreement()
 
-        self.workspace = Workspace.allocate(shape, self.device)
         self._heap: Heap | None = open_heap(
             group, self.device, shape.symmetric_nbytes, timeout_s=timeout_s
         )
         try:
             self.buffer = self._heap.alloc(shape.symmetric_nbytes)
             self.buffer.zero_()
+            self.workspace = self._allocate_workspace()
             self.peers = [
                 SimpleNamespace(**shape.tensors(self._heap.peer(r)))
                 for r in range(shape.world_size)
@@ -164,6 +165,22 @@ class SymmBuffer:
                     f"every rank must create the buffer with the same {name}; got "
                     f"{dict(enumerate(values))} by rank. Give all ranks the same arguments."
                 )
+
+    def _allocate_workspace(self) -> Workspace:
+        failure, workspace = "", None
+        try:
+            workspace = Workspace.allocate(self.shape, self.device)
+        except RuntimeError as error:  # torch's for an allocation that fails, on CPU and GPU
+            failure = str(error).splitlines()[0]
+        failures = self.group.all_gather_object(failure, timeout_s=self.timeout_s)
+        if workspace is None or any(failures):
+            told = {rank: reason for rank, reason in enumerate(failures) if reason}
+            raise HeapTooSmallError(
+                f"the layer needs {self.shape.workspace_nbytes} bytes of workspace on each rank, "
+                f"besides its symmetric memory, and some cannot have it: {told}; lower "
+                f"max_num_tokens."
+            )
+        return workspace
 
     def __getattr__(self, name: str) -> torch.Tensor:
         # Reached only for what is not set: the regions of this rank, or anything after destroy().
