@@ -1,0 +1,133 @@
+// Where each row of a call lies: arithmetic of dispatch and combine, the same on host and device.
+//
+// Nothing here reads or writes symmetric memory; everything here is tested on the host against
+// megamoe_ep/kernels/portable.py.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MEGAMOE_HD __host__ __device__ __forceinline__
+#else
+#define MEGAMOE_HD inline
+#endif
+
+namespace megamoe::comm {
+
+constexpr int kLanes = 32;      // tokens or entries that a warp places at once
+constexpr int kMaxTopK = 32;    // megamoe_ep/shape.py: MAX_TOP_K, one lane a slot
+constexpr int kBatch = 128;     // tokens whose positions a block keeps in shared memory at a time
+
+MEGAMOE_HD int population(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
+// Bits of the lanes below `lane`.
+MEGAMOE_HD uint32_t lanes_below(int lane) { return (1u << lane) - 1u; }
+
+struct Chunk {
+  int begin;
+  int end;
+};
+
+// Part `i` of 0..n cut into `parts` contiguous parts that differ by at most one.
+MEGAMOE_HD Chunk chunk_of(int n, int parts, int i) {
+  return {static_cast<int>(static_cast<int64_t>(n) * i / parts),
+          static_cast<int>(static_cast<int64_t>(n) * (i + 1) / parts)};
+}
+
+// Rank r owns experts r * per_rank .. (r + 1) * per_rank - 1; every other id means "no expert".
+struct Experts {
+  int num_experts;
+  int per_rank;
+
+  MEGAMOE_HD int owner(int expert) const {
+    return static_cast<uint32_t>(expert) < static_cast<uint32_t>(num_experts) ? expert / per_rank
+                                                                              : -1;
+  }
+  // Number of the expert on `rank`, or -1 where another rank owns it or there is no expert.
+  MEGAMOE_HD int local(int expert, int rank) const {
+    const int e = expert - rank * per_rank;
+    return static_cast<uint32_t>(expert) < static_cast<uint32_t>(num_experts) &&
+                   static_cast<uint32_t>(e) < static_cast<uint32_t>(per_rank)
+               ? e
+               : -1;
+  }
+};
+
+// Ranks 32 * word .. 32 * word + 31 that own an expert of the token, one bit each.
+MEGAMOE_HD uint32_t owner_mask(const int32_t* ids, int top_k, Experts experts, int word) {
+  uint32_t mask = 0;
+  for (int k = 0; k < top_k; ++k) {
+    const int owner = experts.owner(ids[k]);
+    if (owner >= 0 && owner >> 5 == word) mask |= 1u << (owner & 31);
+  }
+  return mask;
+}
+
+// Whether no slot before `slot` has an expert of the same rank: a token travels once to a rank.
+MEGAMOE_HD bool is_first_slot(const int32_t* ids, int slot, Experts experts) {
+  const int owner = experts.owner(ids[slot]);
+  if (owner < 0) return false;
+  for (int k = 0; k < slot; ++k) {
+    if (experts.owner(ids[k]) == owner) return false;
+  }
+  return true;
+}
+
+// The first slot of a token with an expert of `rank`; top_k where there is none.
+MEGAMOE_HD int first_slot_of(const int32_t* ids, int top_k, Experts experts, int rank) {
+  int k = 0;
+  while (k < top_k && experts.owner(ids[k]) != rank) ++k;
+  return k;
+}
+
+// The rank whose block holds received token `i` of the blocks laid end to end; prefix[s] is the
+// number of tokens in the blocks before s, prefix[ranks] all of them, and i < prefix[ranks].
+MEGAMOE_HD int source_of(const int* prefix, int ranks, int i) {
+  int low = 0;
+  int high = ranks - 1;
+  while (low < high) {
+    const int mid = (low + high + 1) / 2;
+    if (prefix[mid] <= i) {
+      low = mid;
+    } else {
+      high = mid - 1;
+    }
+  }
+  return low;
+}
+
+// row_slot: which slot of which received token a row belongs to.
+MEGAMOE_HD int64_t slot_index(int64_t source, int64_t index, int slot, int64_t max_tokens,
+                              int top_k) {
+  return (source * max_tokens + index) * top_k + slot;
+}
+
+struct Slot {
+  int source;
+  int index;
+  int slot;
+};
+
+MEGAMOE_HD Slot slot_at(int position, int max_tokens, int top_k) {
+  const int token = position / top_k;
+  return {token / max_tokens, token % max_tokens, position % top_k};
+}
+
+// Row of the owner's home_rows. exact: one row a slot. fast: one row a rank that owns experts of
+// the token, in ascending order of the ranks.
+MEGAMOE_HD int64_t home_row(int64_t token, int top_k, int slot_or_ordinal) {
+  return token * top_k + slot_or_ordinal;
+}
+
+// A flag: the call that it belongs to and a count of rows.
+MEGAMOE_HD uint64_t make_flag(uint64_t call, uint32_t count) { return call << 32 | count; }
+MEGAMOE_HD uint32_t flag_call(uint64_t flag) { return static_cast<uint32_t>(flag >> 32); }
+MEGAMOE_HD uint32_t flag_count(uint64_t flag) { return static_cast<uint32_t>(flag); }
+
+}  // namespace megamoe::comm

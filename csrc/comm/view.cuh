@@ -1,0 +1,89 @@
+// One rank's view of a symmetric buffer: sizes, byte offsets of its regions, and local memory.
+//
+// Every field is a 64-bit integer and the list below is the only one: the binding hands the names
+// to Python, which packs the values in this order, so the two sides cannot drift apart.
+#pragma once
+
+#include <cstdint>
+
+#include "comm/offsets.cuh"
+
+// clang-format off
+#define MEGAMOE_COMM_VIEW(X)                                                                      \
+  /* sizes */                                                                                     \
+  X(world_size) X(rank) X(num_experts) X(max_tokens) X(top_k) X(hidden_size) X(nvfp4)             \
+  /* regions of symmetric memory: bytes from its start, the same on every rank */                 \
+  X(x) X(x_sf) X(x_scales) X(topk_idx) X(topk_weights) X(num_tokens)                              \
+  X(recv_x) X(recv_x_sf) X(recv_x_scales) X(recv_topk_idx) X(recv_topk_weights) X(recv_token)     \
+  X(home_rows) X(epoch) X(dispatch_flags) X(combine_flags) X(progress) X(abort)                   \
+  /* addresses: this rank's symmetric memory, and a device array [W] of every rank's */           \
+  X(memory) X(peers)                                                                              \
+  /* addresses of local device memory: the workspace of the layer ... */                          \
+  X(rows) X(row_scales) X(row_slot) X(expert_offsets)                                             \
+  /* ... and of these kernels: slot_row int32 [W*T*K], the row of a received slot;                \
+     chunk_counts int32 [blocks, L]; send_counts int32 [W]; latches uint32 [4], zero between      \
+     launches but for the two that a failed call leaves set */                                    \
+  X(slot_row) X(chunk_counts) X(send_counts) X(latches)                                           \
+  /* pinned host memory that the device can write, int64 [16]: an abort record, a bad argument */ \
+  X(status)                                                                                       \
+  X(timeout_ns)
+// clang-format on
+
+namespace megamoe::comm {
+
+struct View {
+#define MEGAMOE_FIELD(name) int64_t name;
+  MEGAMOE_COMM_VIEW(MEGAMOE_FIELD)
+#undef MEGAMOE_FIELD
+
+  MEGAMOE_HD Experts experts() const {
+    return {static_cast<int>(num_experts), static_cast<int>(num_experts / world_size)};
+  }
+  MEGAMOE_HD int local_experts() const { return static_cast<int>(num_experts / world_size); }
+  // A staged row as it travels: packed E2M1, or bf16.
+  MEGAMOE_HD int64_t x_bytes() const { return nvfp4 ? hidden_size / 2 : hidden_size * 2; }
+  MEGAMOE_HD int64_t sf_bytes() const { return nvfp4 ? hidden_size / 16 : 0; }
+  MEGAMOE_HD int64_t home_bytes() const { return hidden_size * 2; }
+
+  // A region of this rank.
+  template <typename T>
+  MEGAMOE_HD T* mine(int64_t region) const {
+    return reinterpret_cast<T*>(memory + region);
+  }
+  // The same region of the rank whose symmetric memory starts at `base`.
+  template <typename T>
+  MEGAMOE_HD static T* at(int64_t base, int64_t region) {
+    return reinterpret_cast<T*>(base + region);
+  }
+  template <typename T>
+  MEGAMOE_HD static T* local(int64_t address) {
+    return reinterpret_cast<T*>(address);
+  }
+};
+
+// Entries of View::latches.
+enum Latch : int {
+  kSendDone = 0,     // blocks of the dispatch that have stored their rows
+  kCombineDone = 1,  // blocks of the combine that have stored their rows
+  kGivenUp = 2,      // set once by the first waiter of this rank whose deadline passed
+  kReported = 3,     // set once by the first to copy an abort record to the host
+  kLatches = 4,
+};
+
+// Entries of View::status.
+enum Status : int {
+  kAbortFinder = 0,   // 1 + the rank whose deadline passed first, 0 while there is no abort
+  kAbortPhase = 1,    // the record that follows is that of SymmBuffer.abort
+  kAbortEpoch = 2,
+  kAbortSeen = 3,
+  kAbortMask = 4,     // four words: the ranks held responsible
+  kBadInput = 8,      // 1: expert id out of range; 2: num_tokens out of range
+  kBadToken = 9,
+  kBadSlot = 10,
+  kBadValue = 11,
+  kStatusWords = 16,
+};
+
+enum Phase : int { kDispatch = 0, kCombine = 1 };  // megamoe_ep/symm_buffer.py: PHASES
+
+}  // namespace megamoe::comm
