@@ -3,35 +3,9 @@
 
 #include <cstdint>
 
+#include "comm/ptx.cuh"
+
 namespace megamoe::comm {
-
-// Ordinary coherent loads: the read-only path may hold what a peer has since overwritten.
-__device__ __forceinline__ uint4 load_16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint32_t load_4(const void* p) {
-  uint32_t v;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint32_t load_1(const void* p) {
-  uint32_t v;
-  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_16(void* p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
-}
 
 template <typename Piece>
 struct Pieces;
@@ -45,28 +19,25 @@ struct Pieces<uint4> {
 template <>
 struct Pieces<uint32_t> {
   static __device__ __forceinline__ uint32_t load(const void* p) { return load_4(p); }
-  static __device__ __forceinline__ void store(void* p, uint32_t v) {
-    asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-  }
+  static __device__ __forceinline__ void store(void* p, uint32_t v) { store_4(p, v); }
 };
 
 template <>
 struct Pieces<uint8_t> {
   static __device__ __forceinline__ uint32_t load(const void* p) { return load_1(p); }
-  static __device__ __forceinline__ void store(void* p, uint32_t v) {
-    asm volatile("st.global.u8 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-  }
+  static __device__ __forceinline__ void store(void* p, uint32_t v) { store_1(p, v); }
 };
 
-constexpr int kPart = 4096;  // bytes of a row that one warp copies at a time: 8 x 16 bytes a lane
+constexpr int kPart = 2048;  // bytes of a row that one warp copies at a time: 4 x 16 bytes a lane
 
 template <typename Piece, typename ForEachPlace>
 __device__ __forceinline__ void copy_pieces(const char* from, int begin, int end, int lane,
                                             ForEachPlace&& for_each_place) {
-  constexpr int kInFlight = 8;
+  constexpr int kInFlight = 4;
   constexpr int kStride = 32 * sizeof(Piece);
-  for (int at = begin + lane * static_cast<int>(sizeof(Piece)); at < end;
-       at += kInFlight * kStride) {
+  // All lanes make the same rounds: for_each_place may exchange values between them.
+  for (int first = begin; first < end; first += kInFlight * kStride) {
+    const int at = first + lane * static_cast<int>(sizeof(Piece));
     decltype(Pieces<Piece>::load(from)) piece[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {

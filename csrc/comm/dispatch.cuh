@@ -3,7 +3,8 @@
 //
 //   dispatch_send    reads the staged inputs, writes block `rank` of every peer's recv_ regions,
 //                    then raises dispatch_flags[rank] there: {call, tokens sent}
-//   dispatch_count   waits for all ranks' flags, counts rows by expert, chunk by chunk
+//   dispatch_count   waits for all ranks' flags, counts rows by expert, chunk by chunk; left out
+//                    where there are so few entries that each block of the next kernel counts all
 //   dispatch_expand  reads recv_, writes rows, row_scales, row_slot, slot_row, expert_offsets
 //
 // Rows of an expert lie in the order (source rank, token, slot), whatever came in first.
@@ -11,31 +12,14 @@
 // over memory bandwidth for the last.
 #pragma once
 
-#include <cuda_bf16.h>
-
+#include "comm/call.cuh"
 #include "comm/copy.cuh"
 #include "comm/decode.cuh"
-#include "comm/offsets.cuh"
-#include "comm/signals.cuh"
-#include "comm/view.cuh"
 
 namespace megamoe::comm {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-
-__device__ __forceinline__ int num_staged(const View& v) {
-  const int n = *v.mine<const int>(v.num_tokens);
-  return min(max(n, 0), static_cast<int>(v.max_tokens));
-}
-
-// Number of this call, from 1; wraps in the flags after 2^32 calls, which compare for equality.
-__device__ __forceinline__ uint64_t current_call(const View& v) {
-  return load_relaxed_sys(v.mine<uint64_t>(v.epoch));
-}
-
 MEGAMOE_HD int64_t send_shared_bytes(const View& v) {
-  return 4 * (v.world_size + 2 * kBatch * v.top_k);
+  return 4 * (v.world_size + 1 + 2 * kBatch * v.top_k);
 }
 
 // Adds to sent[W] how many of the tokens 0..end go to each rank. Block-wide; barriers are the
@@ -90,13 +74,16 @@ __device__ __forceinline__ void place_tokens(const View& v, const int32_t* ids, 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) dispatch_send(const __grid_constant__ View v) {
+// `with_weights`: the slots' weights travel too, for a combine that adds up before it sends.
+__global__ void __launch_bounds__(kThreads, 2)
+    dispatch_send(const __grid_constant__ View v, int with_weights) {
   extern __shared__ int shared[];
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
   int* sent = shared;
   int32_t* ids = shared + ranks;
   int* place = ids + kBatch * top_k;
+  uint32_t* blocks_before = reinterpret_cast<uint32_t*>(place + kBatch * top_k);
 
   for (int r = threadIdx.x; r < ranks; r += kThreads) sent[r] = 0;
   let_next_kernel_start();
@@ -154,15 +141,16 @@ __global__ void __launch_bounds__(kThreads) dispatch_send(const __grid_constant_
                  to_each(v.recv_x_sf, sf_bytes));
       }
       const float scale = sf_bytes ? v.mine<const float>(v.x_scales)[token] : 0.f;
-      const float weight =
-          lane < top_k ? v.mine<const float>(v.topk_weights)[token * top_k + lane] : 0.f;
+      const float weight = with_weights && lane < top_k
+                               ? v.mine<const float>(v.topk_weights)[token * top_k + lane]
+                               : 0.f;
       for (uint32_t left = going; left; left &= left - 1) {
         const int slot = __ffs(left) - 1;
         const int64_t base = __shfl_sync(~0u, peer, slot);
         const int64_t row = block + __shfl_sync(~0u, there, slot);
         if (lane < top_k) {
           View::at<int32_t>(base, v.recv_topk_idx)[row * top_k + lane] = id;
-          View::at<float>(base, v.recv_topk_weights)[row * top_k + lane] = weight;
+          if (with_weights) View::at<float>(base, v.recv_topk_weights)[row * top_k + lane] = weight;
         }
         if (lane == 0) {
           View::at<int32_t>(base, v.recv_token)[row] = static_cast<int32_t>(token);
@@ -179,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) dispatch_send(const __grid_constant_
     __syncthreads();
     for (int r = threadIdx.x; r < ranks; r += kThreads) total[r] = sent[r];
   }
-  if (!last_block_to_finish(v, kSendDone)) return;
+  if (!last_block_to_finish(v, kSendDone, blocks_before)) return;
   fence_sys();
   for (int r = threadIdx.x; r < ranks; r += kThreads) {
     const uint32_t count = load_relaxed_gpu(reinterpret_cast<uint32_t*>(total) + r);
@@ -192,35 +180,11 @@ __global__ void __launch_bounds__(kThreads) dispatch_send(const __grid_constant_
   }
 }
 
-// prefix[s]: tokens received from ranks before s; counts[s] -> prefix[W + 1], in place.
-__device__ __forceinline__ void sum_up(int* counts, int ranks) {
-  if (threadIdx.x == 0) {
-    int sum = 0;
-    for (int s = 0; s < ranks; ++s) {
-      const int n = counts[s];
-      counts[s] = sum;
-      sum += n;
-    }
-    counts[ranks] = sum;
-  }
-  __syncthreads();
-}
-
-struct Received {
-  int source;
-  int index;
-};
-
-__device__ __forceinline__ Received received_token(const int* prefix, int ranks, int i) {
-  const int source = source_of(prefix, ranks, i);
-  return {source, i - prefix[source]};
-}
-
 MEGAMOE_HD int64_t count_shared_bytes(const View& v) {
   return 4 * (v.world_size + 1 + v.local_experts());
 }
 
-__global__ void __launch_bounds__(kThreads) dispatch_count(const __grid_constant__ View v) {
+__global__ void __launch_bounds__(kThreads, 2) dispatch_count(const __grid_constant__ View v) {
   extern __shared__ int shared[];
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
@@ -231,10 +195,8 @@ __global__ void __launch_bounds__(kThreads) dispatch_count(const __grid_constant
   for (int e = threadIdx.x; e < experts; e += kThreads) found[e] = 0;
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if (!wait_for_flags(v, v.dispatch_flags, kDispatch, static_cast<uint32_t>(current_call(v)),
-                      prefix)) {
-    return;
-  }
+  if (call_failed(v)) return;
+  if (!wait_for_flags(v, v.dispatch_flags, kDispatch, current_call(v), prefix)) return;
   sum_up(prefix, ranks);
 
   const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
@@ -255,15 +217,12 @@ MEGAMOE_HD int64_t expand_shared_bytes(const View& v) {
   return 4 * (v.world_size + 1 + 2 * v.local_experts() + kBatch * v.top_k);
 }
 
-// first[e] = row of the first entry of expert e in this block's chunk; writes expert_offsets and
-// adds to `stats` in block 0. Uses first[L] and total[L]. Block-wide.
-__device__ __forceinline__ void find_first_rows(const View& v, int* first, int* total,
-                                                int64_t* stats) {
+// What dispatch_count found: first[e] += rows of expert e in the chunks before this block's,
+// total[e] += rows in all chunks. Block-wide; barriers are the caller's.
+__device__ __forceinline__ void add_counts(const View& v, int* first, int* total) {
   const int lane = threadIdx.x % 32;
   const int experts = v.local_experts();
   const int32_t* counts = View::local<const int32_t>(v.chunk_counts);
-  for (int e = threadIdx.x; e < experts; e += kThreads) first[e] = total[e] = 0;
-  __syncthreads();
   for (int chunk = threadIdx.x / 32; chunk < gridDim.x; chunk += kWarps) {
     for (int e = lane; e < experts; e += 32) {
       const int n = counts[static_cast<int64_t>(chunk) * experts + e];
@@ -272,30 +231,55 @@ __device__ __forceinline__ void find_first_rows(const View& v, int* first, int* 
       if (chunk < blockIdx.x) atomicAdd(first + e, n);
     }
   }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    int32_t* offsets = View::local<int32_t>(v.expert_offsets);
-    int sum = 0;
-    for (int e0 = 0; e0 < experts; e0 += 32) {
-      const int e = e0 + lane;
-      const int n = e < experts ? total[e] : 0;
-      int up_to = n;
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, up_to, d);
-        if (lane >= d) up_to += other;
-      }
-      if (e < experts) {
-        first[e] += sum + up_to - n;
-        if (blockIdx.x == 0) {
-          offsets[e] = sum + up_to - n;
-          if (stats) stats[e] += n;
-        }
-      }
-      sum += __shfl_sync(~0u, up_to, 31);
+}
+
+// The same from the received ids themselves, of which tokens 0..begin come before this block's.
+__device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin,
+                                              int* first, int* total) {
+  const int ranks = static_cast<int>(v.world_size);
+  const int top_k = static_cast<int>(v.top_k);
+  const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
+  for (int s = 0; s < ranks; ++s) {
+    const int entries = (prefix[s + 1] - prefix[s]) * top_k;
+    const int before = (begin - prefix[s]) * top_k;
+    const int32_t* from = ids + slot_index(s, 0, 0, v.max_tokens, top_k);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+      const int e = v.experts().local(static_cast<int>(load_4(from + i)), static_cast<int>(v.rank));
+      if (e < 0) continue;
+      atomicAdd(total + e, 1);
+      if (i < before) atomicAdd(first + e, 1);
     }
-    if (blockIdx.x == 0 && lane == 0) offsets[experts] = sum;
   }
-  __syncthreads();
+}
+
+// Turns counts into rows: first[e] += rows of the experts before e. Block 0 writes expert_offsets
+// and adds to `stats`, int64 or int32 [L] or null. One warp.
+__device__ __forceinline__ void find_first_rows(const View& v, int* first, const int* total,
+                                                void* stats, int stats_bytes) {
+  const int lane = threadIdx.x % 32;
+  const int experts = v.local_experts();
+  int32_t* offsets = View::local<int32_t>(v.expert_offsets);
+  int sum = 0;
+  for (int e0 = 0; e0 < experts; e0 += 32) {
+    const int e = e0 + lane;
+    const int n = e < experts ? total[e] : 0;
+    int up_to = n;
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, up_to, d);
+      if (lane >= d) up_to += other;
+    }
+    if (e < experts) {
+      first[e] += sum + up_to - n;
+      if (blockIdx.x == 0) {
+        offsets[e] = sum + up_to - n;
+        if (stats && stats_bytes == 8) static_cast<int64_t*>(stats)[e] += n;
+        if (stats && stats_bytes == 4) static_cast<int32_t*>(stats)[e] += n;
+      }
+    }
+    sum += __shfl_sync(~0u, up_to, 31);
+  }
+  if (blockIdx.x == 0 && lane == 0) offsets[experts] = sum;
 }
 
 // Turns local experts into rows: entry[i] >= 0 becomes the next row of that expert, in the order of
@@ -314,8 +298,9 @@ __device__ __forceinline__ void place_rows(int* entry, int count, int* next) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    dispatch_expand(const __grid_constant__ View v, int64_t* stats) {
+// Must have as many blocks as dispatch_count, unless it does the counting itself (`count_here`).
+__global__ void __launch_bounds__(kThreads, 2)
+    dispatch_expand(const __grid_constant__ View v, int count_here, void* stats, int stats_bytes) {
   extern __shared__ int shared[];
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
@@ -329,7 +314,11 @@ __global__ void __launch_bounds__(kThreads)
 
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if (call_failed(v)) {
+  bool ok = !call_failed(v);
+  if (ok && count_here) {
+    ok = wait_for_flags(v, v.dispatch_flags, kDispatch, current_call(v), prefix);
+  }
+  if (!ok) {
     // The GEMMs that follow find no rows.
     if (blockIdx.x == 0) {
       for (int e = threadIdx.x; e <= experts; e += kThreads) {
@@ -338,12 +327,18 @@ __global__ void __launch_bounds__(kThreads)
     }
     return;
   }
-  for (int s = threadIdx.x; s < ranks; s += kThreads) {
-    prefix[s] =
-        static_cast<int>(flag_count(load_relaxed_sys(v.mine<uint64_t>(v.dispatch_flags) + s)));
-  }
-  find_first_rows(v, next, total, stats);
+  if (!count_here) read_counts(v, v.dispatch_flags, prefix);
+  for (int e = threadIdx.x; e < experts; e += kThreads) next[e] = total[e] = 0;
   sum_up(prefix, ranks);
+  const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
+  if (count_here) {
+    count_entries(v, prefix, chunk.begin, next, total);
+  } else {
+    add_counts(v, next, total);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) find_first_rows(v, next, total, stats, stats_bytes);
+  __syncthreads();
 
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -356,7 +351,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row_bytes = 2 * static_cast<int64_t>(hidden);
   const int pieces = hidden / 8;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
 
   for (int first = chunk.begin; first < chunk.end; first += kBatch) {
     const int count = min(kBatch, chunk.end - first);

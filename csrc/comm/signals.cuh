@@ -8,64 +8,10 @@
 
 #include <cstdint>
 
+#include "comm/ptx.cuh"
 #include "comm/view.cuh"
 
 namespace megamoe::comm {
-
-__device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* p) {
-  uint64_t v;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* p) {
-  uint64_t v;
-  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_relaxed_sys(uint64_t* p, uint64_t v) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
-}
-
-__device__ __forceinline__ void store_release_sys(uint64_t* p, uint64_t v) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
-}
-
-__device__ __forceinline__ void fence_sys() {
-  asm volatile("fence.acq_rel.sys;" ::: "memory");
-}
-
-__device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
-  uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(p), "r"(v)
-               : "memory");
-  return old;
-}
-
-__device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint64_t globaltimer_ns() {
-  uint64_t t;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
-  return t;
-}
-
-// Everything that the kernel before this one in the stream has written can be read from here on.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// The next kernel's blocks may take what room is left on the SMs; they wait as above.
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 
 constexpr int kAbortWords = 8;  // a record: {set, phase, epoch, seen, four words of ranks}
 
@@ -92,33 +38,84 @@ __device__ __noinline__ void report_abort(const View& v, int finder) {
   store_relaxed_sys(status + kAbortFinder, finder + 1);
 }
 
-// The deadline of this thread passed: tells every rank which flags of `flags` are missing, once for
-// this buffer. Does nothing if the last of them came in just now.
-__device__ __noinline__ void give_up(const View& v, int64_t flags, Phase phase, uint32_t call) {
+// A set of ranks, one bit each.
+struct RankSet {
+  uint64_t words[4] = {0, 0, 0, 0};
+
+  __device__ __forceinline__ bool has(int rank) const { return words[rank >> 6] >> (rank & 63) & 1; }
+  __device__ __forceinline__ void add(int rank) { words[rank >> 6] |= 1ull << (rank & 63); }
+  __device__ __forceinline__ void remove(int rank) { words[rank >> 6] &= ~(1ull << (rank & 63)); }
+  // The lowest rank, or -1.
+  __device__ __forceinline__ int first() const {
+    for (int word = 0; word < 4; ++word) {
+      if (words[word]) return word * 64 + __ffsll(static_cast<long long>(words[word])) - 1;
+    }
+    return -1;
+  }
+};
+
+// Ranks whose flag at the rank with memory `base` is not of `call`. Equality, not order: a peer is
+// at most one call ahead, and never of a flag that is still waited for, so 32 bits may wrap around.
+__device__ __forceinline__ RankSet late_ranks(const View& v, int64_t base, int64_t flags,
+                                              uint64_t call) {
+  RankSet late;
+  for (int r = 0; r < v.world_size; ++r) {
+    const uint64_t flag = load_acquire_sys(View::at<uint64_t>(base, flags) + r);
+    if (flag_call(flag) != static_cast<uint32_t>(call)) late.add(r);
+  }
+  return late;
+}
+
+// Of the ranks that are late, and of those that they wait for, the ones that wait for nobody.
+__device__ __noinline__ RankSet blame(const View& v, RankSet late) {
+  const int64_t* peers = View::local<const int64_t>(v.peers);
+  RankSet blamed, looked_at, pending = late;
+  looked_at.add(static_cast<int>(v.rank));
+  for (int r = pending.first(); r >= 0; r = pending.first()) {
+    pending.remove(r);
+    if (looked_at.has(r)) continue;
+    looked_at.add(r);
+    const uint64_t progress = load_acquire_sys(View::at<uint64_t>(peers[r], v.progress));
+    RankSet waits_for;
+    if (progress) {
+      const int64_t flags = (progress & 255) == kDispatch + 1 ? v.dispatch_flags : v.combine_flags;
+      waits_for = late_ranks(v, peers[r], flags, progress >> 8);
+    }
+    if (waits_for.first() < 0) {
+      blamed.add(r);
+      continue;
+    }
+    for (int word = 0; word < 4; ++word) pending.words[word] |= waits_for.words[word];
+  }
+  return blamed.first() < 0 ? late : blamed;
+}
+
+// The deadline of this thread passed: tells every rank who is held responsible, once for this
+// buffer. Does nothing if the last flag came in just now, or if another rank has told already:
+// whoever stops waiting tells everyone first, so no rank is blamed for having given up.
+__device__ __noinline__ void give_up(const View& v, int64_t flags, Phase phase, uint64_t call) {
   uint32_t* latch = View::local<uint32_t>(v.latches) + kGivenUp;
   if (atomicExch(latch, 1u)) return;
-  const int ranks = static_cast<int>(v.world_size);
-  const int64_t* peers = View::local<const int64_t>(v.peers);
-  uint64_t late[4] = {0, 0, 0, 0};
-  uint32_t seen = 0;
-  bool missing = false;
-  for (int r = 0; r < ranks; ++r) {
-    const uint64_t flag = load_acquire_sys(v.mine<uint64_t>(flags) + r);
-    if (flag_call(flag) == call) continue;
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      if (r >> 6 == word) late[word] |= 1ull << (r & 63);
-    }
-    if (!missing) seen = flag_call(flag);
-    missing = true;
-  }
-  if (!missing) {
+  const RankSet late = late_ranks(v, v.memory, flags, call);
+  if (late.first() < 0) {
     atomicExch(latch, 0u);
     return;
   }
-  const uint64_t record[kAbortWords] = {1, static_cast<uint64_t>(phase), call,    seen, late[0],
-                                        late[1], late[2], late[3]};
+  const RankSet blamed = blame(v, late);
+  if (look_for_abort(v, 0, 1)) return;
+  const uint32_t seen = flag_call(load_acquire_sys(v.mine<uint64_t>(flags) + blamed.first()));
+  const uint64_t behind = static_cast<uint32_t>(static_cast<uint32_t>(call) - seen);
+  const uint64_t record[kAbortWords] = {1,
+                                        static_cast<uint64_t>(phase),
+                                        call,
+                                        call > behind ? call - behind : 0,
+                                        blamed.words[0],
+                                        blamed.words[1],
+                                        blamed.words[2],
+                                        blamed.words[3]};
   const int self = static_cast<int>(v.rank);
+  const int ranks = static_cast<int>(v.world_size);
+  const int64_t* peers = View::local<const int64_t>(v.peers);
   for (int r = 0; r < ranks; ++r) {
     uint64_t* there = abort_record(v, peers[r], self);
 #pragma unroll
@@ -137,26 +134,27 @@ __device__ __forceinline__ bool call_failed(const View& v) {
 }
 
 // Block-wide: waits until every rank has raised its flag of `call`, and leaves the counts that the
-// flags carry in counts[W] (shared memory). False: the deadline passed or another rank gave up.
+// flags carry in counts[W] (shared memory). False: the deadline passed or another rank gave up; then
+// an abort record lies in this rank's memory, so every later kernel of this buffer ends at once too.
 //
 // Every block of a grid may wait here whatever the grid's size: what is waited for is made by the
 // kernel before this one in the stream, on this rank and on the others, never by a block of this
 // grid, so no block has to be resident for another one to go on.
 __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Phase phase,
-                                               uint32_t call, int* counts) {
+                                               uint64_t call, int* counts) {
   bool ok = true;
+  uint64_t* progress = blockIdx.x == 0 && threadIdx.x == 0 ? v.mine<uint64_t>(v.progress) : nullptr;
+  if (progress) store_relaxed_sys(progress, call << 8 | (phase + 1));
   const uint64_t start = globaltimer_ns();
   for (int r = threadIdx.x; r < v.world_size; r += blockDim.x) {
     const uint64_t* mine = v.mine<uint64_t>(flags) + r;
     uint64_t flag = load_acquire_sys(mine);
-    for (uint32_t polls = 1; flag_call(flag) != call; ++polls) {
-      if (polls % 32 == 0) {
+    for (uint32_t polls = 1; ok && flag_call(flag) != static_cast<uint32_t>(call); ++polls) {
+      if (polls % 64 == 0) {
         if (const int finder = look_for_abort(v, 0, 1)) {
           report_abort(v, finder - 1);
           ok = false;
-          break;
-        }
-        if (globaltimer_ns() - start > static_cast<uint64_t>(v.timeout_ns)) {
+        } else if (globaltimer_ns() - start > static_cast<uint64_t>(v.timeout_ns)) {
           give_up(v, flags, phase, call);  // the next look finds the record, this rank's or another's
         }
       }
@@ -164,20 +162,22 @@ __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Pha
     }
     counts[r] = static_cast<int>(flag_count(flag));
   }
-  return __syncthreads_and(ok);
+  const bool all = __syncthreads_and(ok);
+  if (progress && all) store_relaxed_sys(progress, 0);
+  return all;
 }
 
 // Block-wide, after the block's last store to a peer: true in the one block that is the last of the
-// grid, where every store of every block is then before whatever this block releases.
-__device__ __forceinline__ bool last_block_to_finish(const View& v, Latch latch) {
-  __shared__ uint32_t before;
+// grid, where every store of every block is then before whatever this block releases. `before` is
+// one word of shared memory.
+__device__ __forceinline__ bool last_block_to_finish(const View& v, Latch latch, uint32_t* before) {
   __syncthreads();
   if (threadIdx.x == 0) {
     fence_sys();
-    before = add_acq_rel_gpu(View::local<uint32_t>(v.latches) + latch, 1u);
+    *before = add_acq_rel_gpu(View::local<uint32_t>(v.latches) + latch, 1u);
   }
   __syncthreads();
-  return before + 1 == gridDim.x;
+  return *before + 1 == gridDim.x;
 }
 
 }  // namespace megamoe::comm

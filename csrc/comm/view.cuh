@@ -21,8 +21,8 @@
   /* addresses of local device memory: the workspace of the layer ... */                          \
   X(rows) X(row_scales) X(row_slot) X(expert_offsets)                                             \
   /* ... and of these kernels: slot_row int32 [W*T*K], the row of a received slot;                \
-     chunk_counts int32 [blocks, L]; send_counts int32 [W]; latches uint32 [4], zero between      \
-     launches but for the two that a failed call leaves set */                                    \
+     chunk_counts int32 [blocks, L]; send_counts int32 [W]; latches uint32 [kLatches], zero       \
+     between launches but for those that stand for an error */                                    \
   X(slot_row) X(chunk_counts) X(send_counts) X(latches)                                           \
   /* pinned host memory that the device can write, int64 [16]: an abort record, a bad argument */ \
   X(status)                                                                                       \
@@ -67,7 +67,8 @@ enum Latch : int {
   kCombineDone = 1,  // blocks of the combine that have stored their rows
   kGivenUp = 2,      // set once by the first waiter of this rank whose deadline passed
   kReported = 3,     // set once by the first to copy an abort record to the host
-  kLatches = 4,
+  kBadFound = 4,     // set by the first to find a bad argument; the host clears it once it knows
+  kLatches = 5,
 };
 
 // Entries of View::status.
@@ -77,11 +78,16 @@ enum Status : int {
   kAbortEpoch = 2,
   kAbortSeen = 3,
   kAbortMask = 4,     // four words: the ranks held responsible
-  kBadInput = 8,      // 1: expert id out of range; 2: num_tokens out of range
-  kBadToken = 9,
+  kBadInput = 8,      // a BadInput, 0 while there is none
+  kBadToken = 9,      // where, in kBadExpert's case
   kBadSlot = 10,
-  kBadValue = 11,
+  kBadValue = 11,     // what was given
   kStatusWords = 16,
+};
+
+enum BadInput : int {
+  kBadExpert = 1,     // an expert id is below -1 or not below num_experts
+  kBadNumTokens = 2,  // num_tokens, read on the device, is negative or above the rows of x
 };
 
 enum Phase : int { kDispatch = 0, kCombine = 1 };  // megamoe_ep/symm_buffer.py: PHASES

@@ -1,0 +1,67 @@
+// What the kernels of one call have in common.
+#pragma once
+
+#include "comm/offsets.cuh"
+#include "comm/signals.cuh"
+#include "comm/view.cuh"
+
+namespace megamoe::comm {
+
+// At most 64 registers a thread (__launch_bounds__(kThreads, 2)), so that the next kernel's first
+// blocks fit beside this one's last.
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+__device__ __forceinline__ int num_staged(const View& v) {
+  const int n = *v.mine<const int>(v.num_tokens);
+  return min(max(n, 0), static_cast<int>(v.max_tokens));
+}
+
+// Number of this call, from 1; dispatch_send opens it.
+__device__ __forceinline__ uint64_t current_call(const View& v) {
+  return load_relaxed_sys(v.mine<uint64_t>(v.epoch));
+}
+
+// counts[W]: what the flags carry, once they have been waited for by an earlier kernel.
+__device__ __forceinline__ void read_counts(const View& v, int64_t flags, int* counts) {
+  for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
+    counts[r] = static_cast<int>(flag_count(load_relaxed_sys(v.mine<uint64_t>(flags) + r)));
+  }
+}
+
+// counts[W] -> prefix[W + 1] in place: tokens received from the ranks before each. Block-wide, with
+// a barrier at both ends.
+__device__ __forceinline__ void sum_up(int* counts, int ranks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int sum = 0;
+    for (int s = 0; s < ranks; ++s) {
+      const int n = counts[s];
+      counts[s] = sum;
+      sum += n;
+    }
+    counts[ranks] = sum;
+  }
+  __syncthreads();
+}
+
+struct Received {
+  int source;
+  int index;
+};
+
+__device__ __forceinline__ Received received_token(const int* prefix, int ranks, int i) {
+  const int source = source_of(prefix, ranks, i);
+  return {source, i - prefix[source]};
+}
+
+// A warp's number in the grid, such that the first of them lie on different SMs.
+__device__ __forceinline__ int64_t warp_of_grid() {
+  return static_cast<int64_t>(threadIdx.x / 32) * gridDim.x + blockIdx.x;
+}
+
+__device__ __forceinline__ int64_t warps_of_grid() {
+  return static_cast<int64_t>(kWarps) * gridDim.x;
+}
+
+}  // namespace megamoe::comm

@@ -1,0 +1,265 @@
+// Combine: the experts' rows go back to their tokens' ranks, which add them up.
+//
+//   combine_send_rows  "exact": every row goes home as it is
+//   combine_send_sums  "fast": a rank adds its own rows of a token, weighted, and sends one
+//   combine_sum        waits for all ranks' flags, adds up what came home
+//
+// Sums are in fp32 and start from +0; multiplication and addition are rounded apart, so that every
+// kernel set gives the same bits. exact adds weight x row in slot order; fast adds a rank's own rows
+// in slot order, then the ranks' sums in rank order.
+// Floors: wire bytes over the link's store bandwidth for the first two, memory bandwidth for the last.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "comm/call.cuh"
+#include "comm/copy.cuh"
+
+namespace megamoe::comm {
+
+MEGAMOE_HD int64_t combine_shared_bytes(const View& v) { return 4 * (v.world_size + 2); }
+
+// One lane's share of a row: kPieces pieces of 8 elements, 256 elements apart.
+template <int kPieces>
+struct Sum {
+  float value[kPieces][8] = {};
+
+  static __device__ __forceinline__ void load(const char* row, int first, int pieces,
+                                              uint4 (&piece)[kPieces]) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (first + 32 * i < pieces) piece[i] = load_16(row + (first + 32 * i) * 16);
+    }
+  }
+
+  template <bool kWeighted>
+  __device__ __forceinline__ void add(const uint4 (&piece)[kPieces], float weight) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32_t words[4] = {piece[i].x, piece[i].y, piece[i].z, piece[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float low = __uint_as_float(words[j] << 16);
+        const float high = __uint_as_float(words[j] & 0xffff0000u);
+        value[i][2 * j] =
+            __fadd_rn(value[i][2 * j], kWeighted ? __fmul_rn(weight, low) : low);
+        value[i][2 * j + 1] =
+            __fadd_rn(value[i][2 * j + 1], kWeighted ? __fmul_rn(weight, high) : high);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(char* row, int first, int pieces) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(value[i][2 * j], value[i][2 * j + 1]);
+        memcpy(&words[j], &pair, 4);
+      }
+      if (first + 32 * i < pieces) {
+        store_16(row + (first + 32 * i) * 16, {words[0], words[1], words[2], words[3]});
+      }
+    }
+  }
+};
+
+// Adds the rows of `slots`, lowest first, to this lane's share; lane k holds the address and the
+// weight of slot k's row. Two rows are in flight at a time. One warp.
+template <bool kWeighted, int kPieces>
+__device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, int64_t row, float weight,
+                                                 int first, int pieces) {
+  Sum<kPieces> sum;
+  for (uint32_t left = slots; left;) {
+    const int a = __ffs(left) - 1;
+    left &= left - 1;
+    const int b = left ? __ffs(left) - 1 : -1;
+    left &= left - 1;
+    const int64_t row_a = __shfl_sync(~0u, row, a);
+    const int64_t row_b = __shfl_sync(~0u, row, b & 31);
+    const float weight_a = kWeighted ? __shfl_sync(~0u, weight, a) : 0.f;
+    const float weight_b = kWeighted ? __shfl_sync(~0u, weight, b & 31) : 0.f;
+    uint4 piece_a[kPieces] = {};
+    uint4 piece_b[kPieces] = {};
+    Sum<kPieces>::load(View::local<const char>(row_a), first, pieces, piece_a);
+    if (b >= 0) Sum<kPieces>::load(View::local<const char>(row_b), first, pieces, piece_b);
+    sum.template add<kWeighted>(piece_a, weight_a);
+    if (b >= 0) sum.template add<kWeighted>(piece_b, weight_b);
+  }
+  return sum;
+}
+
+// Lanes of a warp, each with the owner of its slot's expert or -1: one lane of every distinct owner.
+__device__ __forceinline__ uint32_t distinct_owners(int owner, int lane) {
+  const uint32_t same = __match_any_sync(~0u, owner);
+  return __ballot_sync(~0u, owner >= 0 && (same & lanes_below(lane)) == 0);
+}
+
+// Raises the combine flag at every rank once all blocks have stored their rows.
+__device__ __forceinline__ void raise_combine_flags(const View& v, uint32_t rows,
+                                                    uint32_t* blocks_before) {
+  if (!last_block_to_finish(v, kCombineDone, blocks_before)) return;
+  fence_sys();
+  const int64_t* peers = View::local<const int64_t>(v.peers);
+  const uint64_t call = current_call(v);
+  for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
+    store_release_sys(View::at<uint64_t>(peers[r], v.combine_flags) + v.rank,
+                      make_flag(call, rows));
+  }
+  if (threadIdx.x == 0) View::local<uint32_t>(v.latches)[kCombineDone] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    combine_send_rows(const __grid_constant__ View v) {
+  extern __shared__ int shared[];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  if (call_failed(v)) return;
+
+  const int lane = threadIdx.x % 32;
+  const int top_k = static_cast<int>(v.top_k);
+  const int max_tokens = static_cast<int>(v.max_tokens);
+  const int row_bytes = static_cast<int>(v.home_bytes());
+  const int parts = (row_bytes + kPart - 1) / kPart;
+  const int64_t rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
+  const int64_t units = rows * parts;
+  const int64_t step = warps_of_grid();
+  const int64_t* peers = View::local<const int64_t>(v.peers);
+
+  for (int64_t first = warp_of_grid(); first < units; first += 32 * step) {
+    // Where the next 32 units of this warp go, one a lane: their look-ups overlap.
+    const int64_t mine = first + lane * step;
+    int64_t to = 0;
+    if (mine < units) {
+      const Slot s = slot_at(View::local<const int32_t>(v.row_slot)[mine / parts], max_tokens, top_k);
+      const int64_t token = static_cast<int>(
+          load_4(v.mine<const int32_t>(v.recv_token) + s.source * v.max_tokens + s.index));
+      to = peers[s.source] + v.home_rows + home_row(token, top_k, s.slot) * row_bytes;
+    }
+    for (int i = 0; i < 32 && first + i * step < units; ++i) {
+      const int64_t unit = first + i * step;
+      const int part = static_cast<int>(unit % parts);
+      char* there = View::local<char>(__shfl_sync(~0u, to, i));
+      copy_row(View::local<const char>(v.rows) + unit / parts * row_bytes, row_bytes, part * kPart,
+               min(row_bytes, (part + 1) * kPart), lane, [&](auto&& store) { store(there); });
+    }
+  }
+  raise_combine_flags(v, static_cast<uint32_t>(rows), reinterpret_cast<uint32_t*>(shared));
+}
+
+template <int kPieces>
+__device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
+  const int lane = threadIdx.x % 32;
+  const int ranks = static_cast<int>(v.world_size);
+  const int top_k = static_cast<int>(v.top_k);
+  const int row_bytes = static_cast<int>(v.home_bytes());
+  const int pieces = row_bytes / 16;
+  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const int64_t units = static_cast<int64_t>(prefix[ranks]) * parts;
+  const int64_t* peers = View::local<const int64_t>(v.peers);
+
+  for (int64_t unit = warp_of_grid(); unit < units; unit += warps_of_grid()) {
+    const Received r = received_token(prefix, ranks, static_cast<int>(unit / parts));
+    const int64_t block = r.source * v.max_tokens + r.index;
+    int row = -1;
+    int owner = -1;
+    float weight = 0.f;
+    if (lane < top_k) {
+      const int64_t slot = block * top_k + lane;
+      row = View::local<const int32_t>(v.slot_row)[slot];
+      owner = v.experts().owner(
+          static_cast<int>(load_4(v.mine<const int32_t>(v.recv_topk_idx) + slot)));
+      weight = __uint_as_float(load_4(v.mine<const float>(v.recv_topk_weights) + slot));
+    }
+    const int64_t token = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + block));
+    const int ordinal = population(distinct_owners(owner < v.rank ? owner : -1, lane));
+    const int first = static_cast<int>(unit % parts) * 32 * kPieces + lane;
+    const Sum<kPieces> sum = add_rows<true, kPieces>(
+        __ballot_sync(~0u, row >= 0), v.rows + static_cast<int64_t>(row) * row_bytes, weight, first,
+        pieces);
+    sum.store(View::at<char>(peers[r.source], v.home_rows) +
+                  home_row(token, top_k, ordinal) * row_bytes,
+              first, pieces);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    combine_send_sums(const __grid_constant__ View v) {
+  extern __shared__ int shared[];
+  const int ranks = static_cast<int>(v.world_size);
+  int* prefix = shared;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  if (call_failed(v)) return;
+  read_counts(v, v.dispatch_flags, prefix);
+  sum_up(prefix, ranks);
+
+  const int64_t wide = (v.home_bytes() + 1023) / 1024;
+  if (prefix[ranks] * wide >= warps_of_grid()) {
+    send_sums<2>(v, prefix);
+  } else {
+    send_sums<1>(v, prefix);  // few tokens: more warps for each
+  }
+  raise_combine_flags(v, static_cast<uint32_t>(prefix[ranks]),
+                      reinterpret_cast<uint32_t*>(prefix + ranks + 1));
+}
+
+template <bool kExact, int kPieces>
+__device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
+  const int lane = threadIdx.x % 32;
+  const int top_k = static_cast<int>(v.top_k);
+  const int row_bytes = static_cast<int>(v.home_bytes());
+  const int pieces = row_bytes / 16;
+  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const int64_t units = static_cast<int64_t>(n) * parts;
+
+  for (int64_t unit = warp_of_grid(); unit < units; unit += warps_of_grid()) {
+    const int64_t token = unit / parts;
+    int owner = -1;
+    float weight = 0.f;
+    if (lane < top_k) {
+      owner = v.experts().owner(v.mine<const int32_t>(v.topk_idx)[token * top_k + lane]);
+      if (kExact) weight = v.mine<const float>(v.topk_weights)[token * top_k + lane];
+    }
+    uint32_t rows;  // of the token's top_k places in home_rows, those that hold something
+    if constexpr (kExact) {
+      rows = __ballot_sync(~0u, owner >= 0);
+    } else {
+      const int owners = population(distinct_owners(owner, lane));
+      rows = owners == 32 ? ~0u : lanes_below(owners);
+    }
+    const int first = static_cast<int>(unit % parts) * 32 * kPieces + lane;
+    const int64_t row = v.memory + v.home_rows + home_row(token, top_k, lane) * row_bytes;
+    add_rows<kExact, kPieces>(rows, row, weight, first, pieces)
+        .store(y + token * row_bytes, first, pieces);
+  }
+}
+
+template <bool kExact>
+__global__ void __launch_bounds__(kThreads, 2)
+    combine_sum(const __grid_constant__ View v, char* y, int y_rows) {
+  extern __shared__ int shared[];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int n = min(num_staged(v), y_rows);
+  const bool ok =
+      !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, current_call(v), shared);
+  if (!ok) {
+    // No part of y may pass for a result.
+    const int64_t pieces = n * v.home_bytes() / 16;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pieces;
+         i += static_cast<int64_t>(gridDim.x) * kThreads) {
+      store_16(y + i * 16, {0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u});
+    }
+    return;
+  }
+  const int64_t wide = (v.home_bytes() + 1023) / 1024;
+  if (n * wide >= warps_of_grid()) {
+    sum_tokens<kExact, 2>(v, y, n);
+  } else {
+    sum_tokens<kExact, 1>(v, y, n);
+  }
+}
+
+}  // namespace megamoe::comm

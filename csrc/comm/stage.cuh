@@ -1,0 +1,170 @@
+// Stage: this rank's tokens into its symmetric inputs, quantised to NVFP4 on the way, in one pass
+// over x. The same bits as megamoe_ep/nvfp4.py: fp32, every operation rounded to nearest, divisions
+// true ones.
+//
+// Floor: bytes of x read plus bytes written, over memory bandwidth.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "comm/call.cuh"
+
+namespace megamoe::comm {
+
+constexpr uint32_t kInfinityBf16 = 0x7f80;  // bits of a magnitude; what is at or above is not finite
+constexpr uint32_t kNanUe4m3 = 0x7f;
+constexpr uint32_t kNanFp32 = 0x7fc00000;
+
+struct Block16 {
+  uint4 halves[2];  // 16 consecutive bf16
+};
+
+__device__ __forceinline__ Block16 load_block(const char* row, int block) {
+  return {{load_16(row + block * 32), load_16(row + block * 32 + 16)}};
+}
+
+// Bits of the largest magnitude: ordered as the values are, NaN above infinity.
+__device__ __forceinline__ uint32_t largest_magnitude(const Block16& x) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t words[4] = {x.halves[h].x, x.halves[h].y, x.halves[h].z, x.halves[h].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest = max(largest, words[i] & 0x7fffu);
+      largest = max(largest, words[i] >> 16 & 0x7fffu);
+    }
+  }
+  return largest;
+}
+
+__device__ __forceinline__ float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
+
+// Nearest E2M1 code of a finite or infinite value, ties to even, saturating; NaN gives 0.
+__device__ __forceinline__ uint32_t encode_e2m1(float x) {
+  const float m = fabsf(x);
+  const uint32_t code = (m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) +
+                        (m >= 3.5f) + (m > 5.0f);
+  return code | (x == x ? __float_as_uint(x) >> 28 & 8u : 0u);
+}
+
+// Quantises a block with global scale g: its scale, and its codes in `codes`.
+__device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, uint2& codes) {
+  codes = {0, 0};
+  const uint32_t largest = largest_magnitude(x);
+  const float quotient = __fdiv_rn(from_bf16(largest), __fmul_rn(6.0f, g));
+  if (largest >= kInfinityBf16 || quotient != quotient) return kNanUe4m3;
+  __nv_fp8_e4m3 scale(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
+  const float step = __fmul_rn(static_cast<float>(scale), g);
+  uint32_t packed[2] = {0, 0};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t words[4] = {x.halves[h].x, x.halves[h].y, x.halves[h].z, x.halves[h].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      packed[h] |= encode_e2m1(__fdiv_rn(from_bf16(words[i] & 0xffffu), step)) << 8 * i;
+      packed[h] |= encode_e2m1(__fdiv_rn(from_bf16(words[i] >> 16), step)) << (8 * i + 4);
+    }
+  }
+  codes = {packed[0], packed[1]};
+  return scale.__x;
+}
+
+// Tells the host of an argument that only the device could look at; the first one counts.
+__device__ __noinline__ void report_bad_input(const View& v, BadInput what, int token, int slot,
+                                              int value) {
+  if (atomicExch(View::local<uint32_t>(v.latches) + kBadFound, 1u)) return;
+  uint64_t* status = View::local<uint64_t>(v.status);
+  store_relaxed_sys(status + kBadToken, static_cast<uint64_t>(token));
+  store_relaxed_sys(status + kBadSlot, static_cast<uint64_t>(slot));
+  store_relaxed_sys(status + kBadValue, static_cast<uint64_t>(static_cast<int64_t>(value)));
+  fence_sys();
+  store_relaxed_sys(status + kBadInput, static_cast<uint64_t>(what));
+}
+
+struct StageArguments {
+  const char* x;               // bf16 [rows, H]
+  const int32_t* topk_idx;     // [rows, K]
+  const float* topk_weights;   // [rows, K]
+  const float* global_scale;   // static, fp32 [1], or null: each token its own
+  const int32_t* num_tokens;   // on the device, int32 [1], or null: `rows` of them
+  int32_t rows;
+};
+
+MEGAMOE_HD int64_t stage_shared_bytes() { return 4 * 32; }
+
+__global__ void __launch_bounds__(kThreads, 2)
+    stage_tokens(const __grid_constant__ View v, const __grid_constant__ StageArguments a) {
+  extern __shared__ int shared[];
+  uint32_t* largest_of_warp = reinterpret_cast<uint32_t*>(shared);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int top_k = static_cast<int>(v.top_k);
+  const int64_t row_bytes = 2 * v.hidden_size;
+  const int blocks = static_cast<int>(v.hidden_size / 16);
+
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  int n = a.rows;
+  if (a.num_tokens) {
+    const int given = *a.num_tokens;
+    n = min(max(given, 0), a.rows);
+    if (n != given && blockIdx.x == 0 && threadIdx.x == 0) {
+      report_bad_input(v, kBadNumTokens, 0, 0, given);
+    }
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) *v.mine<int32_t>(v.num_tokens) = n;
+
+  for (int64_t t = blockIdx.x; t < n; t += gridDim.x) {
+    const char* from = a.x + t * row_bytes;
+    if (threadIdx.x < top_k) {
+      const int64_t at = t * top_k + threadIdx.x;
+      const int id = a.topk_idx[at];
+      const bool good = id >= -1 && id < v.num_experts;
+      if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), threadIdx.x, id);
+      v.mine<int32_t>(v.topk_idx)[at] = good ? id : -1;
+      v.mine<float>(v.topk_weights)[at] = a.topk_weights[at];
+    }
+    if (!v.nvfp4) {
+      char* to = v.mine<char>(v.x) + t * row_bytes;
+      for (int b = threadIdx.x; b < 2 * blocks; b += kThreads) {
+        store_16(to + b * 16, load_16(from + b * 16));
+      }
+      continue;
+    }
+
+    // A thread keeps its first block: all of x that there is, up to a hidden size of 8192.
+    Block16 first = {};
+    uint32_t largest = 0;
+    if (threadIdx.x < blocks) {
+      first = load_block(from, threadIdx.x);
+      largest = largest_magnitude(first);
+    }
+    for (int b = threadIdx.x + kThreads; b < blocks; b += kThreads) {
+      largest = max(largest, largest_magnitude(load_block(from, b)));
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    if (lane == 0) largest_of_warp[warp] = largest;
+    __syncthreads();
+    largest = __reduce_max_sync(~0u, lane < kWarps ? largest_of_warp[lane] : 0u);
+    __syncthreads();
+
+    float g = __uint_as_float(kNanFp32);
+    if (largest < kInfinityBf16) {
+      g = a.global_scale ? *a.global_scale
+                         : fmaxf(__fdiv_rn(from_bf16(largest), 2688.0f), 0x1p-117f);
+    }
+    char* codes_to = v.mine<char>(v.x) + t * v.x_bytes();
+    char* scales_to = v.mine<char>(v.x_sf) + t * v.sf_bytes();
+    if (threadIdx.x == 0) v.mine<float>(v.x_scales)[t] = g;
+    for (int b = threadIdx.x; b < blocks; b += kThreads) {
+      const Block16 block = b == threadIdx.x ? first : load_block(from, b);
+      uint2 codes;
+      const uint32_t scale = quantise_block(block, g, codes);
+      store_8(codes_to + b * 8, codes);
+      store_1(scales_to + b, scale);
+    }
+  }
+}
+
+}  // namespace megamoe::comm
