@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from megamoe_ep.errors import (
     PeerTimeoutError,
 )
 from megamoe_ep.heap import Heap, open_heap
+from megamoe_ep.kernels import open_kernel_state
 from megamoe_ep.shape import ActivationFormat, LayerShape
 
 if TYPE_CHECKING:
@@ -52,6 +53,16 @@ class Workspace:
         )
 
 
+class KernelState(Protocol):
+    """What kernels that nobody waits for keep for a buffer, and how its host hears of failures."""
+
+    def raise_bad_input(self) -> None:
+        """Raises ArgumentError, once, if a kernel came upon a bad input."""
+
+    def abort_record(self) -> tuple[int, list[int]] | None:
+        """The rank that gave up and its row of ``abort``, if some kernel of this rank saw one."""
+
+
 class SymmBuffer:
     """Symmetric buffers of one rank for one layer shape; any number of layers may share it in turn.
 
@@ -62,6 +73,8 @@ class SymmBuffer:
         shape: sizes of the layer, equal on all ranks.
         device: where the layer runs; None takes the group's own choice.
         timeout_s: deadline of every wait for another rank, in seconds.
+        comm_sms: on how many SMs of this rank's GPU stage, dispatch and combine run, so that the
+            others are left to other streams; None: all of them. Only csrc's kernels look at it.
 
     Attributes:
         x, x_sf, x_scales, topk_idx, topk_weights, num_tokens: the staged inputs (see
@@ -73,6 +86,7 @@ class SymmBuffer:
         staged_rows: rows that the last ``stage_activation`` may have filled.
         input_global_scale: fp32 [1] tensor, the static global scale of the activations, or None:
             each token gets its own. Only in "nvfp4" format.
+        kernel_state: what csrc's kernels keep for this buffer; None where the portable ones run.
         bytes_put: bytes that the portable kernels have written to each rank, by phase, since
             creation: {"dispatch": [..W..], "combine": [..W..]}.
 
@@ -88,6 +102,7 @@ class SymmBuffer:
         *,
         device: torch.device | str | None = None,
         timeout_s: float = 60.0,
+        comm_sms: int | None = None,
     ) -> None:
         if not timeout_s > 0:
             raise ArgumentError(f"timeout_s must be a positive number of seconds; got {timeout_s}.")
@@ -105,6 +120,7 @@ class SymmBuffer:
         self.input_global_scale: torch.Tensor | None = None
         self.staged_rows = 0
         self.bytes_put = {phase: [0] * shape.world_size for phase in PHASES}
+        self.kernel_state: KernelState | None = None
         self._failed = False
         self._check_agreement()
 
@@ -122,6 +138,7 @@ class SymmBuffer:
             self.local = self.peers[self.rank]
             self.local.topk_idx.fill_(-1)
             self.peer_ptrs = self._heap.peer_ptrs
+            self.kernel_state = open_kernel_state(self, comm_sms)
             self._heap.fence()
             # A peer may write here as soon as it is through this barrier: not before the zeroing.
             self._heap.barrier()
@@ -204,12 +221,22 @@ class SymmBuffer:
     def check(self) -> None:
         """Raises if the buffer is destroyed, or if a call on it has failed on any rank.
 
+        With csrc's kernels it waits for nothing and raises what they have come upon so far; after
+        ``torch.cuda.synchronize()`` that is all of the calls made.
+
         Raises:
+            ArgumentError: a kernel found an input of an earlier call out of range; raised once.
             BufferDestroyedError: after ``destroy()``.
             PeerTimeoutError: a rank missed a deadline; the same error every time from then on.
         """
         self._live_heap()
-        for found_by, record in enumerate(self.local.abort.tolist()):
+        if self.kernel_state is not None:
+            self.kernel_state.raise_bad_input()
+            known = self.kernel_state.abort_record()
+            records = [] if known is None else [known]
+        else:
+            records = list(enumerate(self.local.abort.tolist()))
+        for found_by, record in records:
             if record[0]:
                 self._failed = True
                 raise self._read_abort(found_by, record)
@@ -270,6 +297,7 @@ def get_symm_buffer_for_nvfp4_mega_moe(
     activation_format: ActivationFormat = "nvfp4",
     device: torch.device | str | None = None,
     timeout_s: float = 60.0,
+    comm_sms: int | None = None,
 ) -> SymmBuffer:
     """Allocates the symmetric buffers of a layer; collective over ``group``.
 
@@ -283,6 +311,7 @@ def get_symm_buffer_for_nvfp4_mega_moe(
         activation_format: "nvfp4" or "bf16", see ``LayerShape``.
         device: where the layer runs; None takes this rank's GPU if there is one, else the CPU.
         timeout_s: deadline of every wait for another rank, in seconds.
+        comm_sms: SMs for stage, dispatch and combine; None: all. See ``SymmBuffer``.
 
     Raises:
         ArgumentError, LayerMismatchError, HeapError, HeapTooSmallError: see ``SymmBuffer``.
@@ -299,4 +328,4 @@ def get_symm_buffer_for_nvfp4_mega_moe(
         ranks.world_size,
         activation_format,
     )
-    return SymmBuffer(ranks, shape, device=device, timeout_s=timeout_s)
+    return SymmBuffer(ranks, shape, device=device, timeout_s=timeout_s, comm_sms=comm_sms)

@@ -26,7 +26,9 @@
   X(slot_row) X(chunk_counts) X(send_counts) X(latches)                                           \
   /* pinned host memory that the device can write, int64 [16]: an abort record, a bad argument */ \
   X(status)                                                                                       \
-  X(timeout_ns)
+  X(timeout_ns)                                                                                   \
+  /* how the kernels are launched: the GPU's number, and blocks of 512 threads in each */         \
+  X(device) X(blocks)
 // clang-format on
 
 namespace megamoe::comm {
@@ -67,7 +69,7 @@ enum Latch : int {
   kCombineDone = 1,  // blocks of the combine that have stored their rows
   kGivenUp = 2,      // set once by the first waiter of this rank whose deadline passed
   kReported = 3,     // set once by the first to copy an abort record to the host
-  kBadFound = 4,     // set by the first to find a bad argument; the host clears it once it knows
+  kBadFound = 4,     // set by the first to find a bad argument; the host clears it, the last one
   kLatches = 5,
 };
 

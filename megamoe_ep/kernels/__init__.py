@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from megamoe_ep.errors import ArgumentError, UnsupportedDeviceError
+
+if TYPE_CHECKING:
+    from megamoe_ep.symm_buffer import KernelState, SymmBuffer
 
 WeightLayout = Literal["portable", "sm90", "sm100"]
 
@@ -54,6 +57,17 @@ def gemm_kernels(layout: WeightLayout) -> ModuleType:
 def comm_kernels(device: torch.device) -> ModuleType:
     """The module whose ``stage``, ``dispatch`` and ``combine`` serve tensors on ``device``."""
     return _module("portable" if weight_layout(device) == "portable" else "cuda_comm")
+
+
+def open_kernel_state(buffer: SymmBuffer, comm_sms: int | None) -> KernelState | None:
+    """What the kernels for ``buffer`` keep for it; None where they keep nothing."""
+    if comm_sms is not None and comm_sms < 1:
+        raise ArgumentError(f"comm_sms must be at least 1, or None for all SMs; got {comm_sms}.")
+    module = comm_kernels(buffer.device)
+    if not hasattr(module, "open_state"):
+        return None
+    state: KernelState = module.open_state(buffer, comm_sms)
+    return state
 
 
 @cache

@@ -1,0 +1,135 @@
+// stage, dispatch and combine as functions of the library: they launch, and wait for nothing.
+//
+// Sizes, dtypes and devices of the tensors have been checked by megamoe_ep/moe.py; addresses come as
+// integers. `view` is the address of a comm::View in host memory, copied into every launch.
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <string>
+
+#include "comm/combine.cuh"
+#include "comm/dispatch.cuh"
+#include "comm/stage.cuh"
+
+namespace megamoe::comm {
+namespace {
+
+using tvm::ffi::String;
+
+// Up to this many entries, each block of dispatch_expand counts all of them: less than the time of
+// one more kernel.
+constexpr int64_t kCountHere = 4096;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error of a launch must not show up again in somebody else's call
+  TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(error) << " ("
+                              << cudaGetErrorName(error) << ")";
+}
+
+// Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends.
+class Launcher {
+ public:
+  Launcher(const View& v, int64_t stream) : blocks_(static_cast<unsigned>(v.blocks)) {
+    stream_ = reinterpret_cast<cudaStream_t>(stream);
+    check(cudaGetDevice(&device_before_), "cudaGetDevice");
+    device_ = static_cast<int>(v.device);
+    if (device_ != device_before_) check(cudaSetDevice(device_), "cudaSetDevice");
+  }
+  ~Launcher() {
+    if (device_ != device_before_) cudaSetDevice(device_before_);
+  }
+  Launcher(const Launcher&) = delete;
+  Launcher& operator=(const Launcher&) = delete;
+
+  template <typename... Parameters, typename... Arguments>
+  void run(const char* name, void (*kernel)(Parameters...), int64_t shared_bytes,
+           Arguments... arguments) const {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            name);
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks_);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  }
+
+ private:
+  unsigned blocks_;
+  cudaStream_t stream_ = nullptr;
+  int device_ = 0;
+  int device_before_ = 0;
+};
+
+const View& view_at(int64_t view) { return *reinterpret_cast<const View*>(view); }
+
+String comm_fields() {
+  std::string names;
+#define MEGAMOE_NAME(name) names += (names.empty() ? "" : " ") + std::string(#name);
+  MEGAMOE_COMM_VIEW(MEGAMOE_NAME)
+#undef MEGAMOE_NAME
+  return String(names);
+}
+
+int64_t comm_num_latches() { return kLatches; }
+int64_t comm_status_words() { return kStatusWords; }
+
+void comm_stage(int64_t view, int64_t x, int64_t topk_idx, int64_t topk_weights,
+                int64_t global_scale, int64_t num_tokens, int64_t rows, int64_t stream) {
+  const View& v = view_at(view);
+  const StageArguments arguments = {
+      View::local<const char>(x),
+      View::local<const int32_t>(topk_idx),
+      View::local<const float>(topk_weights),
+      View::local<const float>(global_scale),
+      View::local<const int32_t>(num_tokens),
+      static_cast<int32_t>(rows),
+  };
+  Launcher(v, stream).run("stage_tokens", stage_tokens, stage_shared_bytes(), v, arguments);
+}
+
+void comm_dispatch(int64_t view, bool with_weights, int64_t stats, int64_t stats_bytes,
+                   int64_t stream) {
+  const View& v = view_at(view);
+  const Launcher launcher(v, stream);
+  const bool count_here = v.world_size * v.max_tokens * v.top_k <= kCountHere;
+  launcher.run("dispatch_send", dispatch_send, send_shared_bytes(v), v,
+               static_cast<int>(with_weights));
+  if (!count_here) launcher.run("dispatch_count", dispatch_count, count_shared_bytes(v), v);
+  launcher.run("dispatch_expand", dispatch_expand, expand_shared_bytes(v), v,
+               static_cast<int>(count_here), View::local<void>(stats),
+               static_cast<int>(stats_bytes));
+}
+
+void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t stream) {
+  const View& v = view_at(view);
+  const Launcher launcher(v, stream);
+  const int64_t shared_bytes = combine_shared_bytes(v);
+  const int rows = static_cast<int>(y_rows);
+  if (exact) {
+    launcher.run("combine_send_rows", combine_send_rows, shared_bytes, v);
+    launcher.run("combine_sum", combine_sum<true>, shared_bytes, v, View::local<char>(y), rows);
+  } else {
+    launcher.run("combine_send_sums", combine_send_sums, shared_bytes, v);
+    launcher.run("combine_sum", combine_sum<false>, shared_bytes, v, View::local<char>(y), rows);
+  }
+}
+
+}  // namespace
+}  // namespace megamoe::comm
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_fields, megamoe::comm::comm_fields);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_num_latches, megamoe::comm::comm_num_latches);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_status_words, megamoe::comm::comm_status_words);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_stage, megamoe::comm::comm_stage);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_dispatch, megamoe::comm::comm_dispatch);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_combine, megamoe::comm::comm_combine);

@@ -1,0 +1,207 @@
+"""csrc's stage, dispatch and combine: launched on the current stream, waited for by nobody.
+
+Same arguments and same bits as in ``portable``. Nothing here allocates, sets memory or waits for
+the device, so calls can be captured in a CUDA graph. What only the device can find out - an expert
+id out of range, a rank that misses the deadline - comes back through pinned host memory, which
+``SymmBuffer.check`` reads; ``y`` of a call that failed is filled with NaN.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+
+from megamoe_ep.errors import ArgumentError
+from megamoe_ep.kernels import library
+from megamoe_ep.symm_buffer import SymmBuffer
+
+_ALIGNMENT = 16  # bytes that a thread reads or writes at once
+
+# csrc/comm/view.cuh: Status and BadInput
+_ABORT_FINDER, _ABORT_WORDS = 0, 8
+_BAD_INPUT, _BAD_TOKEN, _BAD_SLOT, _BAD_VALUE = 8, 9, 10, 11
+_BAD_EXPERT, _BAD_NUM_TOKENS = 1, 2
+
+
+class CommState:
+    """What the kernels keep for one buffer: scratch memory, and the word from device to host.
+
+    Args:
+        buffer: its regions and workspace are there already.
+        blocks: blocks of 512 threads in each kernel; one runs on one SM, or two where they have to
+            share, so fewer blocks than SMs leave SMs to other streams.
+    """
+
+    def __init__(self, buffer: SymmBuffer, blocks: int) -> None:
+        self.functions: Any = library.load()
+        shape, device, work = buffer.shape, buffer.device, buffer.workspace
+        self._num_experts = shape.num_experts
+        self._num_latches = int(self.functions.comm_num_latches())
+
+        def scratch(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        self._latches = scratch(self._num_latches)
+        self._slot_row = scratch(shape.max_rows)
+        self._chunk_counts = scratch(blocks, shape.experts_per_rank)
+        self._send_counts = scratch(shape.world_size)
+        self._status = torch.zeros(
+            int(self.functions.comm_status_words()), dtype=torch.int64, pin_memory=True
+        )
+        self._peers = buffer.peer_ptrs
+        self.status = self._status.numpy()
+
+        values = {name: region.offset for name, region in shape.regions.items()}
+        values |= {
+            "world_size": shape.world_size,
+            "rank": buffer.rank,
+            "num_experts": shape.num_experts,
+            "max_tokens": shape.max_num_tokens,
+            "top_k": shape.top_k,
+            "hidden_size": shape.hidden_size,
+            "nvfp4": int(shape.activation_format == "nvfp4"),
+            "memory": buffer.buffer.data_ptr(),
+            "peers": self._peers.data_ptr(),
+            "rows": work.rows.data_ptr(),
+            "row_scales": work.row_scales.data_ptr(),
+            "row_slot": work.row_slot.data_ptr(),
+            "expert_offsets": work.expert_offsets.data_ptr(),
+            "slot_row": self._slot_row.data_ptr(),
+            "chunk_counts": self._chunk_counts.data_ptr(),
+            "send_counts": self._send_counts.data_ptr(),
+            "latches": self._latches.data_ptr(),
+            "status": self._status.data_ptr(),
+            "timeout_ns": round(buffer.timeout_s * 1e9),
+            "device": torch.cuda.current_device() if device.index is None else device.index,
+            "blocks": blocks,
+        }
+        # Regions that the format has not are never looked at.
+        for name in ("x_sf", "x_scales", "recv_x_sf", "recv_x_scales"):
+            values.setdefault(name, 0)
+        self._view = array("q", (values[name] for name in self.functions.comm_fields().split()))
+        self.view = self._view.buffer_info()[0]
+        # The scratch memory is zeroed on this stream; calls may come on any.
+        torch.cuda.current_stream(device).synchronize()
+
+    def abort_record(self) -> tuple[int, list[int]] | None:
+        """The rank that gave up, and its record as in ``SymmBuffer.abort``; None if none is known.
+
+        Reads host memory alone: known is what some kernel of this rank has come upon so far.
+        """
+        finder = int(self.status[_ABORT_FINDER])
+        if finder == 0:
+            return None
+        return finder - 1, [1, *self.status[1:_ABORT_WORDS].tolist()]
+
+    def raise_bad_input(self) -> None:
+        """Raises what a kernel found wrong with the staged inputs, once.
+
+        Raises:
+            ArgumentError: an expert id, or ``num_tokens`` on the device, was out of range.
+        """
+        what = int(self.status[_BAD_INPUT])
+        if what == 0:
+            return
+        token, slot, value = (int(self.status[i]) for i in (_BAD_TOKEN, _BAD_SLOT, _BAD_VALUE))
+        self.status[_BAD_INPUT] = 0
+        self._latches[-1:].zero_()
+        if what == _BAD_NUM_TOKENS:
+            raise ArgumentError(
+                f"num_tokens must be 0 to the number of rows of x; got {value} on the device. As "
+                f"many rows as there are were taken, or none."
+            )
+        raise ArgumentError(
+            f"topk_idx must hold experts 0 to {self._num_experts - 1}, or -1 for none; got {value} "
+            f"for token {token}, slot {slot}. It was taken for -1."
+        )
+
+
+def open_state(buffer: SymmBuffer, comm_sms: int | None) -> CommState:
+    """The state for a new buffer, on ``comm_sms`` SMs of its GPU; None: all."""
+    available: int = torch.cuda.get_device_properties(buffer.device).multi_processor_count
+    return CommState(buffer, available if comm_sms is None else min(comm_sms, available))
+
+
+def stage(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    buffer: SymmBuffer,
+    num_tokens: int | torch.Tensor,
+) -> None:
+    """See ``portable.stage``. ``num_tokens`` on the device is clamped to the rows of ``x``.
+
+    Raises:
+        ArgumentError: ``x`` does not start at a multiple of 16 bytes, or the buffer's static scale
+            is not fp32 [1] on its device.
+    """
+    state = _state(buffer)
+    _check_alignment(x, "x")
+    scale = buffer.input_global_scale
+    if scale is not None and (
+        scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != buffer.device
+    ):
+        raise ArgumentError(
+            f"input_global_scale must be fp32 [1] on {buffer.device}; got {scale.dtype} "
+            f"{list(scale.shape)} on {scale.device}."
+        )
+    on_device = isinstance(num_tokens, torch.Tensor)
+    state.functions.comm_stage(
+        state.view,
+        x.data_ptr(),
+        topk_idx.data_ptr(),
+        topk_weights.data_ptr(),
+        0 if scale is None or buffer.shape.activation_format == "bf16" else scale.data_ptr(),
+        num_tokens.data_ptr() if isinstance(num_tokens, torch.Tensor) else 0,
+        x.shape[0] if on_device else num_tokens,
+        _stream(buffer),
+    )
+
+
+def dispatch(buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | None = None) -> None:
+    """See ``portable.dispatch``."""
+    state = _state(buffer)
+    state.functions.comm_dispatch(
+        state.view,
+        combine == "fast",
+        0 if recv_stats is None else recv_stats.data_ptr(),
+        0 if recv_stats is None else recv_stats.element_size(),
+        _stream(buffer),
+    )
+
+
+def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
+    """See ``portable.combine``; fills the tokens' rows of ``y`` with NaN where that would raise.
+
+    Raises:
+        ArgumentError: ``y`` does not start at a multiple of 16 bytes.
+    """
+    state = _state(buffer)
+    _check_alignment(y, "y")
+    state.functions.comm_combine(
+        state.view, combine == "exact", y.data_ptr(), y.shape[0], _stream(buffer)
+    )
+
+
+def _state(buffer: SymmBuffer) -> CommState:
+    state = buffer.kernel_state
+    if not isinstance(state, CommState):
+        raise ArgumentError(
+            "buffer must have been made on a GPU that csrc's kernels serve; this one was made for "
+            "the portable ones."
+        )
+    return state
+
+
+def _check_alignment(tensor: torch.Tensor, name: str) -> None:
+    if tensor.data_ptr() % _ALIGNMENT:
+        raise ArgumentError(
+            f"{name} must start at a multiple of {_ALIGNMENT} bytes; got a view that starts at "
+            f"{tensor.data_ptr() % _ALIGNMENT} bytes past one. Call .clone() on it."
+        )
+
+
+def _stream(buffer: SymmBuffer) -> int:
+    return int(torch.cuda.current_stream(buffer.device).cuda_stream)
