@@ -497,6 +497,10 @@ def _abort_mpi() -> None:
 
 
 def _exchange_of_mpirun(environment: Mapping[str, str], timeout_s: float) -> _MpiExchange:
+    size = environment.get("OMPI_COMM_WORLD_SIZE")
+    if size is not None and environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size:
+        # Open MPI's TCP transport listens on every interface, and ranks of one machine need none.
+        os.environ.setdefault("OMPI_MCA_btl", "^tcp")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -139,10 +139,13 @@ def _map(pid: int, rank: int, segment: tuple[int, int, int], nbytes: int) -> tor
             status = os.fstat(fd)
             if (status.st_dev, status.st_ino) != (device, inode):
                 raise OSError(f"{path} is no longer what that rank made; it has died")
-            return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+            # torch's own mapping: unmapped with the last view of it, and with no descriptor kept.
+            return torch.from_file(
+                f"/proc/self/fd/{fd}", shared=True, size=nbytes, dtype=torch.uint8
+            )
         finally:
             os.close(fd)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise OSError(f"that of rank {rank}: {error}") from error
 
 

@@ -1,0 +1,220 @@
+"""Groups and heaps under each launcher, and what is left when a rank or the launcher dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megamoe_ep import bootstrap
+from megamoe_ep.bootstrap import RankProcesses, spawn_ranks
+
+pytestmark = pytest.mark.usefixtures("launcher_side")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+MEET = str(HERE / "programs" / "meet.py")
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def launch(launcher: str, world_size: int, program: list[str], *, check: bool = True) -> str:
+    """Runs a program as ranks; what they wrote."""
+    python = [sys.executable, *program]
+    if launcher == "spawner":
+        body = (
+            f"import sys; from megamoe_ep.bootstrap import spawn_ranks\n"
+            f"codes = spawn_ranks({python!r}, {world_size}, timeout_s=120)\n"
+            f"sys.exit(any(codes))"
+        )
+        argv = [sys.executable, "-c", body]
+    elif launcher == "torchrun":
+        nproc = ["--standalone", "--nproc-per-node", str(world_size)]
+        argv = [sys.executable, "-m", "torch.distributed.run", *nproc, *program]
+    else:
+        if MPIRUN is None:
+            pytest.skip("no mpirun")
+        pytest.importorskip("mpi4py")
+        argv = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(world_size), *python]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def reports(output: str) -> dict[int, dict]:
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"rank"')]
+    return {report["rank"]: report for report in found}
+
+
+@pytest.mark.parametrize("launcher", ["spawner", "torchrun", "mpirun"])
+def test_the_rank_side_tests_pass(launcher):
+    """The tests that take ``group``, in three ranks."""
+    flags = ["--with-mpi"] if launcher == "mpirun" else []
+    files = [str(HERE / "test_group.py"), str(HERE / "test_heap.py")]
+    pytest_argv = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *flags, *files]
+    output = launch(launcher, 3, pytest_argv)
+    passed = [line for line in output.splitlines() if " passed" in line]
+    assert len(passed) == 3, output
+
+
+@pytest.mark.parametrize("launcher", ["spawner", "torchrun", "mpirun"])
+def test_ranks_of_one_machine_listen_on_loopback_only(launcher):
+    for report in reports(launch(launcher, 2, [MEET])).values():
+        assert report["parts"] == [1, 2]
+        assert set(report["listening"]) <= {"127.0.0.1"}
+
+
+def test_rank_zero_serves_on_loopback_when_no_launcher_does():
+    listener = bootstrap._listen_on_loopback(0)
+    port = listener.getsockname()[1]
+    listener.close()
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, MEET], env=environment, stdout=subprocess.PIPE, text=True
+            )
+        )
+    found = reports("".join(rank.communicate(timeout=60)[0] for rank in ranks))
+    assert found[0]["listening"] == ["127.0.0.1"]
+    assert found[1]["listening"] == []
+    assert found[0]["parts"] == found[1]["parts"] == [1, 2]
+
+
+class Output:
+    """One file per rank for RankProcesses."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self.paths = [folder / f"rank{r}" for r in range(world_size)]
+        self.files = [path.open("wb") for path in self.paths]
+
+    def reports(self) -> dict[int, dict]:
+        for file in self.files:
+            file.close()
+        return reports("".join(path.read_text() for path in self.paths))
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("step", ["group", "heap", "end"])
+@pytest.mark.parametrize("fate", ["die", "absent"])
+def test_a_rank_missing_at_creation_is_named(tmp_path, victim, step, fate):
+    timeout = 3.0
+    output = Output(tmp_path, 3)
+    program = [sys.executable, MEET, "--timeout", str(timeout), f"--{fate}", f"{victim}:{step}"]
+    survivors = [r for r in range(3) if r != victim]
+    with RankProcesses(program, 3, environment=_path(), output=output.files) as ranks:
+        deadline = time.monotonic() + 60
+        while any(ranks.processes[r].poll() is None for r in survivors):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    found = output.reports()
+    assert sorted(found) == survivors
+    for report in found.values():
+        assert report["error"] == "BootstrapError", report
+        assert f"rank {victim} did not come within timeout_s=3" in report["message"]
+        assert report["seconds"] < timeout + 5
+
+
+def test_an_absent_rank_is_named_under_mpirun():
+    output = launch(
+        "mpirun", 3, [MEET, "--timeout", "2", "--absent", "1:heap"], check=False
+    )  # the job is aborted as soon as one of the others ends
+    found = reports(output)
+    assert found
+    for rank, report in found.items():
+        assert rank != 1
+        assert report["error"] == "BootstrapError"
+        assert "rank 1 did not come within timeout_s=2" in report["message"]
+
+
+def _path() -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT)}
+
+
+# The spawner
+
+
+def test_exit_codes_and_output(capfd):
+    body = "import os, sys; print('rank', os.environ['RANK'], flush=True); sys.exit({code})"
+    argv = [sys.executable, "-c", body.format(code="int(os.environ['RANK']) * 0")]
+    assert spawn_ranks(argv, 3, timeout_s=30) == [0, 0, 0]
+    assert sorted(capfd.readouterr().out.split("\n")) == ["", "rank 0", "rank 1", "rank 2"]
+    argv = [sys.executable, "-c", body.format(code="3 + int(os.environ['RANK'])")]
+    assert spawn_ranks(argv, 2, timeout_s=30) == [3, 4]
+
+
+def test_the_rest_is_ended_when_one_fails(monkeypatch):
+    monkeypatch.setattr(RankProcesses, "GRACE_S", 0.3)
+    body = "import os, time; os.environ['RANK'] == '1' and os._exit(9); time.sleep(600)"
+    began = time.monotonic()
+    assert spawn_ranks([sys.executable, "-c", body], 3, timeout_s=60) == [-9, 9, -9]
+    assert time.monotonic() - began < 20
+
+
+def test_the_rest_runs_on_when_asked():
+    body = "import os, time; os.environ['RANK'] == '1' and os._exit(9); time.sleep(1)"
+    with RankProcesses([sys.executable, "-c", body], 2) as ranks:
+        assert ranks.wait(30, kill_rest=False) == [0, 9]
+
+
+def test_the_deadline_ends_all():
+    began = time.monotonic()
+    argv = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert spawn_ranks(argv, 2, timeout_s=1) == [-9, -9]
+    assert time.monotonic() - began < 20
+
+
+def test_a_program_that_does_not_exist():
+    assert all(code != 0 for code in spawn_ranks(["/nonexistent/program"], 2, timeout_s=30))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_orphans_however_the_parent_ends(how):
+    body = (
+        "import sys; from megamoe_ep.bootstrap import spawn_ranks\n"
+        "spawn_ranks([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True);"
+        "time.sleep(600)'], 2, timeout_s=600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", body],
+        env={**os.environ, **_path()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert parent.stdout is not None
+    children = [int(parent.stdout.readline()) for _ in range(2)]
+    assert all(psutil.pid_exists(child) for child in children)
+    time.sleep(2 if how == signal.SIGINT else 0.1)  # SIGINT must find it waiting, not importing
+    parent.send_signal(how)
+    parent.wait(timeout=20)
+    deadline = time.monotonic() + 10
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < deadline, "a rank outlived the process that started it"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
