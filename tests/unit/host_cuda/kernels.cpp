@@ -1,0 +1,56 @@
+// The kernels of csrc/comm as functions of a host library, one call a launch.
+#include "comm/combine.cuh"
+#include "comm/dispatch.cuh"
+#include "comm/stage.cuh"
+
+namespace megamoe::comm {
+
+int shared[1 << 15];
+
+template <typename Kernel>
+void launch(const View& v, int64_t shared_bytes, Kernel&& kernel) {
+  host_cuda::launch(static_cast<int>(v.blocks), kThreads, shared, shared_bytes, sizeof(shared),
+                    kernel);
+}
+
+}  // namespace megamoe::comm
+
+using namespace megamoe::comm;
+
+extern "C" {
+
+const char* comm_fields() {
+#define MEGAMOE_NAME(name) #name " "
+  return MEGAMOE_COMM_VIEW(MEGAMOE_NAME);
+#undef MEGAMOE_NAME
+}
+
+int64_t comm_num_latches() { return kLatches; }
+int64_t comm_status_words() { return kStatusWords; }
+
+void run_stage(const View* v, const char* x, const int32_t* topk_idx, const float* topk_weights,
+               const float* global_scale, const int32_t* num_tokens, int32_t rows) {
+  const StageArguments a = {x, topk_idx, topk_weights, global_scale, num_tokens, rows};
+  launch(*v, stage_shared_bytes(), [=] { stage_tokens(*v, a); });
+}
+
+void run_send(const View* v, int with_weights) {
+  launch(*v, send_shared_bytes(*v), [=] { dispatch_send(*v, with_weights); });
+}
+
+void run_expand(const View* v, int count_here, void* stats, int stats_bytes) {
+  if (!count_here) launch(*v, count_shared_bytes(*v), [=] { dispatch_count(*v); });
+  launch(*v, expand_shared_bytes(*v),
+         [=] { dispatch_expand(*v, count_here, stats, stats_bytes); });
+}
+
+void run_send_home(const View* v, int exact) {
+  launch(*v, combine_shared_bytes(*v), [=] { exact ? combine_send_rows(*v) : combine_send_sums(*v); });
+}
+
+void run_sum(const View* v, int exact, char* y, int y_rows) {
+  launch(*v, combine_shared_bytes(*v), [=] {
+    exact ? combine_sum<true>(*v, y, y_rows) : combine_sum<false>(*v, y, y_rows);
+  });
+}
+}
