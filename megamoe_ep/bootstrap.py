@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +33,7 @@ _c10d: Any = dist  # its stores are not in its type stubs
 
 _LOOPBACK = "127.0.0.1"
 _NAMESPACE = "megamoe_ep"
+_FAREWELL_S = 5.0  # at most, for which rank 0 stays until all have read what was last gathered
 # What each launcher tells its ranks.
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MPI_VARIABLES = (*_MPI_SIZE_VARIABLES, "PMIX_RANK")
@@ -272,6 +274,7 @@ class _StoreExchange:
         self.world_size = world_size
         self._gathers = 0
         self._broken = ""
+        self._farewell: weakref.finalize[..., _StoreExchange] | None = None
         with _store_errors(rank):
             # Counted by the store, so that two groups made from one store never share a key, even
             # when torch.distributed was shut down and started again in between.
@@ -293,32 +296,43 @@ class _StoreExchange:
                 return self._all_gather(payload, time.monotonic() + timeout_s, timeout_s)
         except BootstrapError as error:
             self._broken = str(error)
+            self._stay_for([])
             raise
 
     def _all_gather(self, payload: bytes, deadline: float, timeout_s: float) -> list[bytes]:
-        store = self._store
-        prefix = str(self._gathers)
+        store, gather = self._store, self._gathers
         self._gathers += 1
-        keys = [f"{prefix}/{r}" for r in range(self.world_size)]
+        keys = self._keys(gather, "said")
         store.set(keys[self.rank], payload)
         if not _wait(store, keys, deadline):
             missing = [r for r, key in enumerate(keys) if not store.check([key])]
             if missing:
                 raise BootstrapError(_missing_ranks(missing, self.rank, timeout_s))
         gathered = store.multi_get(keys)
-        # Rank 0's process may hold the store: it leaves last, once everyone has read.
-        if int(store.add(f"{prefix}/read", 1)) == self.world_size:
-            store.set(f"{prefix}/done", b"1")
+        read = self._keys(gather, "read")
+        store.set(read[self.rank], b"")
         if self.rank == 0:
-            if not _wait(store, [f"{prefix}/done"], deadline):
-                raise BootstrapError(
-                    f"every rank came, and one did not read what the others had to say within "
-                    f"timeout_s={timeout_s:g} (told by rank 0): it died or hangs; look at the "
-                    f"ranks' logs, and start all of them anew."
-                )
-            for key in (*keys, f"{prefix}/read", f"{prefix}/done"):
-                store.delete_key(key)
+            # Rank 0's process may hold the store, so it stays until all have read; but it goes on
+            # with its work: a rank that dies reading is then found, and named, where it is missed.
+            self._stay_for(read)
+            if gather > 0:  # who has come to this gather is done with the one before
+                for key in (*self._keys(gather - 1, "said"), *self._keys(gather - 1, "read")):
+                    store.delete_key(key)
         return list(gathered)
+
+    def _keys(self, gather: int, what: str) -> list[str]:
+        return [f"{gather}/{what}/{r}" for r in range(self.world_size)]
+
+    def _stay_for(self, keys: Sequence[str]) -> None:
+        """Lets the store go, on exit or with this object, only once ``keys`` are there."""
+        if self._farewell is not None:
+            self._farewell.detach()
+        self._farewell = weakref.finalize(self, _see_off, self._store, keys) if keys else None
+
+
+def _see_off(store: Any, keys: Sequence[str]) -> None:
+    with contextlib.suppress(dist.DistError):
+        _wait(store, keys, time.monotonic() + _FAREWELL_S)
 
 
 def _wait(store: Any, keys: Sequence[str], deadline: float) -> bool:
