@@ -18,6 +18,7 @@ from megamoe_ep.kernels import library
 from megamoe_ep.symm_buffer import SymmBuffer
 
 _ALIGNMENT = 16  # bytes that a thread reads or writes at once
+_BLOCKS_PER_SM = 1  # as many as an SM runs at once would be 2
 
 # csrc/comm/view.cuh: Status and BadInput
 _ABORT_FINDER, _ABORT_WORDS = 0, 8
@@ -30,8 +31,8 @@ class CommState:
 
     Args:
         buffer: its regions and workspace are there already.
-        blocks: blocks of 512 threads in each kernel; one runs on one SM, or two where they have to
-            share, so fewer blocks than SMs leave SMs to other streams.
+        blocks: blocks of 512 threads in each kernel. They spread over the SMs, so fewer blocks than
+            SMs leave SMs to other streams.
     """
 
     def __init__(self, buffer: SymmBuffer, blocks: int) -> None:
@@ -121,7 +122,8 @@ class CommState:
 def open_state(buffer: SymmBuffer, comm_sms: int | None) -> CommState:
     """The state for a new buffer, on ``comm_sms`` SMs of its GPU; None: all."""
     available: int = torch.cuda.get_device_properties(buffer.device).multi_processor_count
-    return CommState(buffer, available if comm_sms is None else min(comm_sms, available))
+    sms = available if comm_sms is None else min(comm_sms, available)
+    return CommState(buffer, sms * _BLOCKS_PER_SM)
 
 
 def stage(
