@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from megamoe_ep import compiled
 from megamoe_ep import weights as weight_files
 from megamoe_ep.errors import ArgumentError, LayerMismatchError
 from megamoe_ep.kernels import comm_kernels, gemm_kernels
@@ -276,6 +277,8 @@ class MegaMoE(torch.nn.Module):
         self.register_buffer("input_global_scale", input_global_scale, persistent=False)
         self.activation_clamp = activation_clamp
         self.combine: CombineMode = combine
+        self._handle = compiled.register(self)
+        self._order = compiled.order_of(buffer)
 
     @classmethod
     def from_checkpoint(
@@ -400,7 +403,32 @@ class MegaMoE(torch.nn.Module):
         timer: PhaseTimer | None = None,
     ) -> torch.Tensor:
         """Output of the layer for this rank's tokens, bf16 [n, H]; arguments as
-        ``stage_activation``'s. Rows past ``num_tokens`` hold nothing of meaning."""
+        ``stage_activation``'s. Rows past ``num_tokens`` hold nothing of meaning. torch.compile sees
+        one operator, and no ``timer``."""
+        if not torch.compiler.is_compiling():
+            return self.run(x, topk_idx, topk_weights, num_tokens=num_tokens, timer=timer)
+        on_device = isinstance(num_tokens, torch.Tensor)
+        output: torch.Tensor = torch.ops.megamoe_ep.moe_layer(
+            x,
+            topk_idx,
+            topk_weights,
+            num_tokens if on_device else None,
+            None if on_device else num_tokens,
+            self._order,
+            self._handle,
+        )
+        return output
+
+    def run(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        num_tokens: int | torch.Tensor | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> torch.Tensor:
+        """What ``forward`` does, outside of torch.compile."""
         self.buffer.input_global_scale = self.input_global_scale
         stage_activation(x, topk_idx, topk_weights, self.buffer, num_tokens, timer=timer)
         y = torch.empty_like(x)
