@@ -611,8 +611,8 @@ class RankProcesses:
         """
         deadline = time.monotonic() + timeout_s
         failed = False
-        while any(process.poll() is None for process in self.processes):
-            if kill_rest and not failed and any(p.returncode for p in self.processes):
+        while None in (codes := [process.poll() for process in self.processes]):
+            if kill_rest and not failed and any(codes):
                 failed = True
                 deadline = min(deadline, time.monotonic() + self.GRACE_S)
             if time.monotonic() > deadline:

@@ -100,38 +100,19 @@ def test_rank_zero_serves_on_loopback_when_no_launcher_does():
     assert found[0]["parts"] == found[1]["parts"] == [1, 2]
 
 
-class Output:
-    """One file per rank for RankProcesses."""
-
-    def __init__(self, folder: Path, world_size: int) -> None:
-        self.paths = [folder / f"rank{r}" for r in range(world_size)]
-        self.files = [path.open("wb") for path in self.paths]
-
-    def reports(self) -> dict[int, dict]:
-        for file in self.files:
-            file.close()
-        return reports("".join(path.read_text() for path in self.paths))
-
-
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("step", ["group", "heap", "end"])
 @pytest.mark.parametrize("fate", ["die", "absent"])
-def test_a_rank_missing_at_creation_is_named(tmp_path, victim, step, fate):
-    timeout = 3.0
-    output = Output(tmp_path, 3)
-    program = [sys.executable, MEET, "--timeout", str(timeout), f"--{fate}", f"{victim}:{step}"]
-    survivors = [r for r in range(3) if r != victim]
-    with RankProcesses(program, 3, environment=_path(), output=output.files) as ranks:
-        deadline = time.monotonic() + 60
-        while any(ranks.processes[r].poll() is None for r in survivors):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    found = output.reports()
-    assert sorted(found) == survivors
-    for report in found.values():
+def test_a_rank_missing_at_creation_is_named(fork_ranks, victim, step, fate):
+    timeout = 2.0
+    job = fork_ranks([MEET, "--timeout", str(timeout), f"--{fate}", f"{victim}:{step}"], 3)
+    assert not job.wait(60, but=[victim]), job.log()
+    for rank in {0, 1, 2} - {victim}:
+        (report,) = job.said(rank)
         assert report["error"] == "BootstrapError", report
-        assert f"rank {victim} did not come within timeout_s=3" in report["message"]
+        assert f"rank {victim} did not come within timeout_s=2" in report["message"]
         assert report["seconds"] < timeout + 5
+    job.end()
 
 
 def test_an_absent_rank_is_named_under_mpirun():
