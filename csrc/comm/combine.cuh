@@ -66,29 +66,46 @@ struct Sum {
 };
 
 // Adds the rows of `slots`, lowest first, to this lane's share; lane k holds the address and the
-// weight of slot k's row. Two rows are in flight at a time. One warp.
-template <bool kWeighted, int kPieces>
+// weight of slot k's row. kRows of them are in flight at a time. One warp.
+template <bool kWeighted, int kPieces, int kRows>
 __device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, int64_t row, float weight,
                                                  int first, int pieces) {
   Sum<kPieces> sum;
   for (uint32_t left = slots; left;) {
-    const int a = __ffs(left) - 1;
-    left &= left - 1;
-    const int b = left ? __ffs(left) - 1 : -1;
-    left &= left - 1;
-    const int64_t row_a = __shfl_sync(~0u, row, a);
-    const int64_t row_b = __shfl_sync(~0u, row, b & 31);
-    const float weight_a = kWeighted ? __shfl_sync(~0u, weight, a) : 0.f;
-    const float weight_b = kWeighted ? __shfl_sync(~0u, weight, b & 31) : 0.f;
-    uint4 piece_a[kPieces] = {};
-    uint4 piece_b[kPieces] = {};
-    Sum<kPieces>::load(View::local<const char>(row_a), first, pieces, piece_a);
-    if (b >= 0) Sum<kPieces>::load(View::local<const char>(row_b), first, pieces, piece_b);
-    sum.template add<kWeighted>(piece_a, weight_a);
-    if (b >= 0) sum.template add<kWeighted>(piece_b, weight_b);
+    uint4 piece[kRows][kPieces] = {};
+    float weights[kRows];
+    const uint32_t these = left;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (!left) break;
+      const int slot = __ffs(left) - 1;
+      left &= left - 1;
+      const int64_t from = __shfl_sync(~0u, row, slot);
+      weights[i] = kWeighted ? __shfl_sync(~0u, weight, slot) : 0.f;
+      Sum<kPieces>::load(View::local<const char>(from), first, pieces, piece[i]);
+    }
+    const int count = population(these) - population(left);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i < count) sum.template add<kWeighted>(piece[i], weights[i]);
+    }
   }
   return sum;
 }
+
+// How a warp walks over its share of the tokens' rows. Many tokens: a warp takes whole rows. Few:
+// as many warps share a row as there are for it.
+struct Shares {
+  int64_t units;  // shares of all tokens
+  int of_row;     // shares of one row
+
+  __device__ __forceinline__ Shares(int tokens, int parts) {
+    const int64_t warps = warps_of_grid();
+    of_row = tokens >= warps ? 1 : static_cast<int>(min(warps / max(tokens, 1),
+                                                        static_cast<int64_t>(parts)));
+    units = static_cast<int64_t>(tokens) * of_row;
+  }
+};
 
 // Lanes of a warp, each with the owner of its slot's expert or -1: one lane of every distinct owner.
 __device__ __forceinline__ uint32_t distinct_owners(int owner, int lane) {
@@ -148,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   raise_combine_flags(v, static_cast<uint32_t>(rows), reinterpret_cast<uint32_t*>(shared));
 }
 
-template <int kPieces>
+template <int kPieces, int kRows>
 __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
   const int lane = threadIdx.x % 32;
   const int ranks = static_cast<int>(v.world_size);
@@ -156,11 +173,11 @@ __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  const int64_t units = static_cast<int64_t>(prefix[ranks]) * parts;
+  const Shares shares(prefix[ranks], parts);
   const int64_t* peers = View::local<const int64_t>(v.peers);
 
-  for (int64_t unit = warp_of_grid(); unit < units; unit += warps_of_grid()) {
-    const Received r = received_token(prefix, ranks, static_cast<int>(unit / parts));
+  for (int64_t unit = warp_of_grid(); unit < shares.units; unit += warps_of_grid()) {
+    const Received r = received_token(prefix, ranks, static_cast<int>(unit / shares.of_row));
     const int64_t block = r.source * v.max_tokens + r.index;
     int row = -1;
     int owner = -1;
@@ -174,13 +191,14 @@ __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
     }
     const int64_t token = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + block));
     const int ordinal = population(distinct_owners(owner < v.rank ? owner : -1, lane));
-    const int first = static_cast<int>(unit % parts) * 32 * kPieces + lane;
-    const Sum<kPieces> sum = add_rows<true, kPieces>(
-        __ballot_sync(~0u, row >= 0), v.rows + static_cast<int64_t>(row) * row_bytes, weight, first,
-        pieces);
-    sum.store(View::at<char>(peers[r.source], v.home_rows) +
-                  home_row(token, top_k, ordinal) * row_bytes,
-              first, pieces);
+    const uint32_t slots = __ballot_sync(~0u, row >= 0);
+    const int64_t from = v.rows + static_cast<int64_t>(row) * row_bytes;
+    char* to = View::at<char>(peers[r.source], v.home_rows) +
+               home_row(token, top_k, ordinal) * row_bytes;
+    for (int part = static_cast<int>(unit % shares.of_row); part < parts; part += shares.of_row) {
+      const int first = part * 32 * kPieces + lane;
+      add_rows<true, kPieces, kRows>(slots, from, weight, first, pieces).store(to, first, pieces);
+    }
   }
 }
 
@@ -195,27 +213,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   read_counts(v, v.dispatch_flags, prefix);
   sum_up(prefix, ranks);
 
-  const int64_t wide = (v.home_bytes() + 1023) / 1024;
-  if (prefix[ranks] * wide >= warps_of_grid()) {
-    send_sums<2>(v, prefix);
+  if (prefix[ranks] >= warps_of_grid()) {
+    send_sums<2, 2>(v, prefix);
   } else {
-    send_sums<1>(v, prefix);  // few tokens: more warps for each
+    send_sums<1, 4>(v, prefix);
   }
   raise_combine_flags(v, static_cast<uint32_t>(prefix[ranks]),
                       reinterpret_cast<uint32_t*>(prefix + ranks + 1));
 }
 
-template <bool kExact, int kPieces>
+template <bool kExact, int kPieces, int kRows>
 __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
   const int lane = threadIdx.x % 32;
   const int top_k = static_cast<int>(v.top_k);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  const int64_t units = static_cast<int64_t>(n) * parts;
+  const Shares shares(n, parts);
 
-  for (int64_t unit = warp_of_grid(); unit < units; unit += warps_of_grid()) {
-    const int64_t token = unit / parts;
+  for (int64_t unit = warp_of_grid(); unit < shares.units; unit += warps_of_grid()) {
+    const int64_t token = unit / shares.of_row;
     int owner = -1;
     float weight = 0.f;
     if (lane < top_k) {
@@ -229,10 +246,12 @@ __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
       const int owners = population(distinct_owners(owner, lane));
       rows = owners == 32 ? ~0u : lanes_below(owners);
     }
-    const int first = static_cast<int>(unit % parts) * 32 * kPieces + lane;
-    const int64_t row = v.memory + v.home_rows + home_row(token, top_k, lane) * row_bytes;
-    add_rows<kExact, kPieces>(rows, row, weight, first, pieces)
-        .store(y + token * row_bytes, first, pieces);
+    const int64_t from = v.memory + v.home_rows + home_row(token, top_k, lane) * row_bytes;
+    for (int part = static_cast<int>(unit % shares.of_row); part < parts; part += shares.of_row) {
+      const int first = part * 32 * kPieces + lane;
+      add_rows<kExact, kPieces, kRows>(rows, from, weight, first, pieces)
+          .store(y + token * row_bytes, first, pieces);
+    }
   }
 }
 
@@ -254,11 +273,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return;
   }
-  const int64_t wide = (v.home_bytes() + 1023) / 1024;
-  if (n * wide >= warps_of_grid()) {
-    sum_tokens<kExact, 2>(v, y, n);
+  if (n >= warps_of_grid()) {
+    sum_tokens<kExact, 2, 2>(v, y, n);
   } else {
-    sum_tokens<kExact, 1>(v, y, n);
+    sum_tokens<kExact, 1, 4>(v, y, n);
   }
 }
 
