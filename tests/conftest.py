@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,10 @@ from megamoe_ep import bootstrap
 from megamoe_ep.bootstrap import Group, detect_launcher
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 ZYGOTE = HERE / "multirank" / "programs" / "zygote.py"
+SEARCH_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +43,41 @@ def group() -> Group:
 def launcher_side() -> None:
     if detect_launcher(os.environ) is not None:
         pytest.skip("starts ranks itself; this process is one")
+
+
+@pytest.fixture(scope="session")
+def launch(launcher_side: None) -> Callable[..., str]:
+    return launch_ranks
+
+
+def launch_ranks(launcher: str, world_size: int, program: list[str], *, check: bool = True) -> str:
+    """Runs a Python program and its arguments as ranks of "spawner", "torchrun" or "mpirun".
+
+    Returns what they wrote. Asserts that all ended well, unless ``check`` is False.
+    """
+    python = [sys.executable, *program]
+    if launcher == "spawner":
+        body = (
+            f"import sys; from megamoe_ep.bootstrap import spawn_ranks\n"
+            f"codes = spawn_ranks({python!r}, {world_size}, timeout_s=120)\n"
+            f"sys.exit(any(codes))"
+        )
+        argv = [sys.executable, "-c", body]
+    elif launcher == "torchrun":
+        nproc = ["--standalone", "--nproc-per-node", str(world_size)]
+        argv = [sys.executable, "-m", "torch.distributed.run", *nproc, *program]
+    else:
+        if MPIRUN is None:
+            pytest.skip("no mpirun")
+        pytest.importorskip("mpi4py")
+        argv = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(world_size), *python]
+    environment = {**os.environ, "PYTHONPATH": SEARCH_PATH}
+    done = subprocess.run(
+        argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 class ForkedRanks:
@@ -102,7 +141,7 @@ def fork_ranks(
     zygote = subprocess.Popen(
         [sys.executable, str(ZYGOTE), str(os.getpid())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": SEARCH_PATH, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert zygote.stdin is not None
     assert zygote.stdout is not None

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +26,7 @@ _T = TypeVar("_T")
 _SLACK = 64 << 20  # bytes: alignment of allocations, and NVSHMEM's own needs
 _VMM_LIMIT = "128G"  # NVSHMEM's default of NVSHMEM_MAX_MEMORY_PER_GPU
 _EXIT_TIMEOUT_S = 10.0
+_SKEW_S = 2.0
 
 
 class NvshmemHeap:
@@ -50,35 +52,43 @@ class NvshmemHeap:
             raise HeapError("a heap holds one allocation; open another heap for another one.")
         runtime, group = self._runtime, self._group
         self._check_room(nbytes)
-        self._address = runtime.malloc(nbytes, self._timeout_s)
-        self._nbytes = nbytes
+        entered = time.monotonic()
         outcome: HeapError | None = None
-        if not self._address:
-            outcome = HeapError(f"NVSHMEM could not allocate {nbytes} bytes on {self.device}")
-        else:
-            addresses = [
-                self._address if r == group.rank else runtime.peer_address(self._address, r)
-                for r in range(group.world_size)
-            ]
-            unreachable = [r for r, address in enumerate(addresses) if not address]
-            if unreachable:
-                outcome = HeapError(
-                    f"its GPU has no direct access to the memory of rank(s) {unreachable}"
-                )
-            else:
-                self._parts = [runtime.tensor(address, nbytes) for address in addresses]
-                self._parts[group.rank].zero_()
-                torch.cuda.synchronize(self.device)
+        try:
+            self._address = runtime.malloc(nbytes, self._timeout_s)
+            self._nbytes = nbytes
+            self._parts = self._reach_parts()
+        except HeapError as error:
+            outcome = error
         # Also the barrier after which a peer may write: not before the zeroing.
-        outcomes = group.all_gather_object(outcome, timeout_s=self._timeout_s)
-        for rank, failure in enumerate(outcomes):
+        everyone = group.all_gather_object(
+            (self._address != 0, outcome), timeout_s=_rest(entered, self._timeout_s)
+        )
+        for rank, (_, failure) in enumerate(everyone):
             if failure is not None:
-                self.free()
+                self.free(together=all(has_memory for has_memory, _ in everyone))
                 raise HeapError(
-                    f"rank {rank}: {failure}. All ranks need GPUs that reach one another over "
+                    f"rank {rank}: {failure} All ranks need GPUs that reach one another over "
                     f"NVLink or PCIe peer access (nvidia-smi topo -p2p w shows which do)."
                 )
         return self._parts[group.rank]
+
+    def _reach_parts(self) -> list[torch.Tensor]:
+        """Every rank's part as this process sees it, its own zeroed."""
+        me = self._group.rank
+        if not self._address:
+            raise HeapError(f"NVSHMEM could not allocate {self._nbytes} bytes on {self.device}.")
+        addresses = [
+            self._address if r == me else self._runtime.peer_address(self._address, r)
+            for r in range(self._group.world_size)
+        ]
+        unreachable = [r for r, address in enumerate(addresses) if not address]
+        if unreachable:
+            raise HeapError(f"its GPU has no direct access to the memory of rank(s) {unreachable}.")
+        parts = [self._runtime.tensor(address, self._nbytes) for address in addresses]
+        parts[me].zero_()
+        torch.cuda.synchronize(self.device)
+        return parts
 
     def _check_room(self, nbytes: int) -> None:
         """Raises on every rank if NVSHMEM's heap or some GPU has no room for ``nbytes`` a rank."""
@@ -202,7 +212,7 @@ class _Runtime:
 
     def malloc(self, nbytes: int, timeout_s: float) -> int:
         call = self.library.nvshmem_malloc
-        address = _within(timeout_s, self.device, "allocation", lambda: call(nbytes))
+        address = self._collective(timeout_s, "allocation", lambda: call(nbytes))
         if address:
             self.in_use += nbytes
             self.peak = max(self.peak, self.in_use)
@@ -210,8 +220,15 @@ class _Runtime:
 
     def free(self, address: int, nbytes: int, timeout_s: float) -> None:
         call = self.library.nvshmem_free
-        _within(timeout_s, self.device, "release", lambda: call(address))
+        self._collective(timeout_s, "release", lambda: call(address))
         self.in_use -= nbytes
+
+    def _collective(self, timeout_s: float, what: str, call: Callable[[], _T]) -> _T:
+        try:
+            return _within(timeout_s, self.device, what, call)
+        except HeapError:
+            self.orderly = False
+            raise
 
     def peer_address(self, address: int, rank: int) -> int:
         """Where ``address`` of ``rank`` is mapped in this process; 0 where it is not."""
@@ -224,7 +241,7 @@ class _Runtime:
         return torch.utils.dlpack.from_dlpack(buffer).view(torch.uint8)
 
     def finalise(self) -> None:
-        if not self.orderly:
+        if not self.orderly:  # the process's end takes NVSHMEM's memory as well, and cannot hang
             return
         import nvshmem.core
 
@@ -278,13 +295,14 @@ def _initialise(group: Group, device: torch.device, nbytes: int, timeout_s: floa
             initializer_method="uid",
         )
 
+    entered = time.monotonic()
     try:
         _within(timeout_s, device, "initialisation", initialise)
     except HeapError as error:
         failure = str(error)
     except Exception as error:  # nvshmem's own errors share no base class
         failure = f"NVSHMEM does not initialise: {error!r} (NVSHMEM_DEBUG=INFO tells more)."
-    _raise_failures(group, failure, timeout_s)
+    _raise_failures(group, failure, _rest(entered, timeout_s))
 
     library = ctypes.CDLL("libnvshmem_host.so.3")  # the one that nvshmem.core has loaded
     library.nvshmem_malloc.argtypes = [ctypes.c_size_t]
@@ -295,6 +313,14 @@ def _initialise(group: Group, device: torch.device, nbytes: int, timeout_s: floa
     library.nvshmem_ptr.restype = ctypes.c_void_p
     resource = NvshmemResource(Device(device.index))
     return _Runtime(group, device, capacity, capacity_variable, library, resource)
+
+
+def _rest(entered: float, timeout_s: float) -> float:
+    """What is left of a deadline for hearing how the other ranks fared in a collective of NVSHMEM.
+
+    They entered it with this rank, so they leave it with this one, if only by their deadline.
+    """
+    return max(0.0, entered + timeout_s - time.monotonic()) + _SKEW_S
 
 
 def _raise_failures(group: Group, failure: str, timeout_s: float) -> None:

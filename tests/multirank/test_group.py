@@ -105,7 +105,7 @@ def test_of_process_groups(group):
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(LAUNCHER != "mpirun", reason="needs the ranks of mpirun")
+@pytest.mark.mpi(min_size=2)
 def test_of_communicators(group):
     from mpi4py import MPI
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,34 +21,6 @@ pytestmark = pytest.mark.usefixtures("launcher_side")
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 MEET = str(HERE / "programs" / "meet.py")
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-
-
-def launch(launcher: str, world_size: int, program: list[str], *, check: bool = True) -> str:
-    """Runs a program as ranks; what they wrote."""
-    python = [sys.executable, *program]
-    if launcher == "spawner":
-        body = (
-            f"import sys; from megamoe_ep.bootstrap import spawn_ranks\n"
-            f"codes = spawn_ranks({python!r}, {world_size}, timeout_s=120)\n"
-            f"sys.exit(any(codes))"
-        )
-        argv = [sys.executable, "-c", body]
-    elif launcher == "torchrun":
-        nproc = ["--standalone", "--nproc-per-node", str(world_size)]
-        argv = [sys.executable, "-m", "torch.distributed.run", *nproc, *program]
-    else:
-        if MPIRUN is None:
-            pytest.skip("no mpirun")
-        pytest.importorskip("mpi4py")
-        argv = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(world_size), *python]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
-    )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def reports(output: str) -> dict[int, dict]:
@@ -58,7 +29,7 @@ def reports(output: str) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("launcher", ["spawner", "torchrun", "mpirun"])
-def test_the_rank_side_tests_pass(launcher):
+def test_the_rank_side_tests_pass(launch, launcher):
     """The tests that take ``group``, in three ranks."""
     flags = ["--with-mpi"] if launcher == "mpirun" else []
     files = [str(HERE / "test_group.py"), str(HERE / "test_heap.py")]
@@ -69,7 +40,7 @@ def test_the_rank_side_tests_pass(launcher):
 
 
 @pytest.mark.parametrize("launcher", ["spawner", "torchrun", "mpirun"])
-def test_ranks_of_one_machine_listen_on_loopback_only(launcher):
+def test_ranks_of_one_machine_listen_on_loopback_only(launch, launcher):
     for report in reports(launch(launcher, 2, [MEET])).values():
         assert report["parts"] == [1, 2]
         assert set(report["listening"]) <= {"127.0.0.1"}
@@ -115,7 +86,7 @@ def test_a_rank_missing_at_creation_is_named(fork_ranks, victim, step, fate):
     job.end()
 
 
-def test_an_absent_rank_is_named_under_mpirun():
+def test_an_absent_rank_is_named_under_mpirun(launch):
     output = launch(
         "mpirun", 3, [MEET, "--timeout", "2", "--absent", "1:heap"], check=False
     )  # the job is aborted as soon as one of the others ends
@@ -179,11 +150,13 @@ def test_no_orphans_however_the_parent_ends(how):
         [sys.executable, "-c", body],
         env={**os.environ, **_path()},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     assert parent.stdout is not None
-    children = [int(parent.stdout.readline()) for _ in range(2)]
+    lines = [parent.stdout.readline() for _ in range(2)]
+    assert all(line.strip().isdecimal() for line in lines), [*lines, parent.stdout.read()]
+    children = [int(line) for line in lines]
     assert all(psutil.pid_exists(child) for child in children)
     time.sleep(2 if how == signal.SIGINT else 0.1)  # SIGINT must find it waiting, not importing
     parent.send_signal(how)
