@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The demo over ranks that torchrun starts, one for each GPU of this machine:
+#
+#   launch/torchrun.sh 8 --checkpoint /models/DeepSeek-R1-NVFP4 --layer 3 --tokens 1024
+#
+# For a program of your own, put it in place of "-m megamoe_ep.cli demo"; in it,
+# Group.from_environment() finds the ranks, as does Group.of(torch.distributed.group.WORLD).
+set -euo pipefail
+
+ranks=${1:?usage: launch/torchrun.sh RANKS [ARGUMENTS OF megamoe-ep demo]}
+shift
+
+exec torchrun --standalone --nproc-per-node "$ranks" -m megamoe_ep.cli demo "$@"
