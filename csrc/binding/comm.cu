@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "binding/common.cuh"
 #include "comm/combine.cuh"
 #include "comm/dispatch.cuh"
 #include "comm/stage.cuh"
@@ -19,27 +20,13 @@ using tvm::ffi::String;
 // one more kernel.
 constexpr int64_t kCountHere = 4096;
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error of a launch must not show up again in somebody else's call
-  TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(error) << " ("
-                              << cudaGetErrorName(error) << ")";
-}
-
 // Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends.
 class Launcher {
  public:
-  Launcher(const View& v, int64_t stream) : blocks_(static_cast<unsigned>(v.blocks)) {
-    stream_ = reinterpret_cast<cudaStream_t>(stream);
-    check(cudaGetDevice(&device_before_), "cudaGetDevice");
-    device_ = static_cast<int>(v.device);
-    if (device_ != device_before_) check(cudaSetDevice(device_), "cudaSetDevice");
-  }
-  ~Launcher() {
-    if (device_ != device_before_) cudaSetDevice(device_before_);
-  }
-  Launcher(const Launcher&) = delete;
-  Launcher& operator=(const Launcher&) = delete;
+  Launcher(const View& v, int64_t stream)
+      : current_(static_cast<int>(v.device)),
+        blocks_(static_cast<unsigned>(v.blocks)),
+        stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
   template <typename... Parameters, typename... Arguments>
   void run(const char* name, void (*kernel)(Parameters...), int64_t shared_bytes,
@@ -64,10 +51,9 @@ class Launcher {
   }
 
  private:
+  CurrentDevice current_;
   unsigned blocks_;
-  cudaStream_t stream_ = nullptr;
-  int device_ = 0;
-  int device_before_ = 0;
+  cudaStream_t stream_;
 };
 
 const View& view_at(int64_t view) { return *reinterpret_cast<const View*>(view); }

@@ -7,6 +7,7 @@ are csrc's grouped GEMMs, ``cuda_comm`` its stage, dispatch and combine.
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -38,8 +39,12 @@ def weight_layout(device: torch.device) -> WeightLayout:
             f"device must be 'cpu' or 'cuda': csrc's kernels serve Hopper (9.0) and Blackwell "
             f"(10.0), the portable ones every other GPU and the CPU; got '{device}'."
         )
-    layout = _LAYOUT_OF_CAPABILITY.get(torch.cuda.get_device_capability(device))
-    if layout is None or _module("library").why_unavailable() is not None:
+    capability = torch.cuda.get_device_capability(device)
+    layout = _LAYOUT_OF_CAPABILITY.get(capability)
+    if layout is None:
+        return "portable"
+    if why := _module("library").why_unavailable(capability):
+        warnings.warn(f"the portable kernels, which are slow, serve {device}: {why}", stacklevel=2)
         return "portable"
     return layout
 
