@@ -1,0 +1,96 @@
+// The grouped block-scaled NVFP4 GEMM, put together from CUTLASS's collectives for SM100.
+//
+// One group is one expert: D [n, tokens] = alpha x (weights [n, k] x tokens [tokens, k]^T), all three
+// as CUTLASS sees them, with the weights as operand A. D is M-major, which is a row of `n` outputs
+// for each token. Tokens are the narrow operand, so a tile that few tokens fill wastes little: the
+// tensor cores want 128 rows of A, and only 64 of B.
+//
+//   narrow   1 SM    128 x 64 tile     few tokens: every weight is read once, as fast as memory can
+//   wide     2 SMs   256 x 256 tile    many tokens: each operand is read from L2 half as often
+//
+// How many tokens an expert has is read on the device: shapes, pointers and strides of every group
+// come from the arrays that prepare.cuh writes.
+// Floor: bytes of weights over memory bandwidth, or 2 n k tokens over the rate of NVFP4 MMAs.
+#pragma once
+
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/fusion/operations.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "gemm/sm100/groups.h"
+
+namespace megamoe::sm100 {
+
+struct Narrow {
+  using Tile = cute::Shape<cute::_128, cute::_64, cute::_256>;
+  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+  using Mainloop = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmNvf4Sm100;
+  using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm;
+};
+
+struct Wide {
+  using Tile = cute::Shape<cute::_256, cute::_256, cute::_256>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Mainloop = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmNvf4Sm100;
+  using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;
+};
+
+// Out: float or cutlass::bfloat16_t.
+template <class Config, class Out>
+struct GroupedGemm {
+  using Operand = cutlass::nv_float4_t<cutlass::float_e2m1_t>;
+  static constexpr int kAlignment = 32;  // elements of an operand in 16 bytes, as TMA wants
+  static constexpr int kOutAlignment = 16 / sizeof(Out);
+  using Linear = cutlass::epilogue::fusion::LinearCombination<Out, float, void, float>;
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, typename Config::Tile,
+      typename Config::Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
+      cutlass::layout::ColumnMajor*, kOutAlignment, Out, cutlass::layout::ColumnMajor*,
+      kOutAlignment, typename Config::Epilogue, Linear>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, Operand,
+      cutlass::layout::RowMajor*, kAlignment, Operand, cutlass::layout::ColumnMajor*, kAlignment,
+      float, typename Config::Tile, typename Config::Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename Epilogue::SharedStorage))>,
+      typename Config::Mainloop>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<Problem>,
+                                                      Mainloop, Epilogue>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  using Arguments = typename Gemm::Arguments;
+
+  static_assert(std::is_same_v<typename Kernel::InternalStrideA, WeightStride>);
+  static_assert(std::is_same_v<typename Kernel::InternalStrideB, TokenStride>);
+  static_assert(std::is_same_v<typename Kernel::InternalStrideD, OutStride>);
+  static_assert(std::is_same_v<typename Mainloop::InternalLayoutSFA, ScaleLayout>);
+  static_assert(std::is_same_v<typename Mainloop::InternalLayoutSFB, ScaleLayout>);
+
+  // `host_shapes` lets can_implement look at the sizes; a launch has none.
+  static Arguments arguments(const Groups& groups, int experts, int sms,
+                             const Problem* host_shapes = nullptr) {
+    using Code = cutlass::float_e2m1_t;
+    using Scale = cutlass::float_ue4m3_t;
+    Arguments a{};
+    a.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
+    a.problem_shape = {experts, groups.shapes, host_shapes};
+    a.mainloop.ptr_A = reinterpret_cast<const Code**>(groups.weights);
+    a.mainloop.dA = groups.weight_strides;
+    a.mainloop.ptr_B = reinterpret_cast<const Code**>(groups.tokens);
+    a.mainloop.dB = groups.token_strides;
+    a.mainloop.ptr_SFA = reinterpret_cast<const Scale**>(groups.weight_scales);
+    a.mainloop.layout_SFA = groups.weight_scale_layouts;
+    a.mainloop.ptr_SFB = reinterpret_cast<const Scale**>(groups.token_scales);
+    a.mainloop.layout_SFB = groups.token_scale_layouts;
+    a.epilogue.ptr_D = reinterpret_cast<Out**>(groups.out);
+    a.epilogue.dD = groups.out_strides;
+    a.epilogue.thread.alpha_ptr_array = groups.alphas;
+    a.epilogue.thread.dAlpha = {cute::_0{}, cute::_0{}, 1};
+    a.epilogue.thread.beta = 0.0f;
+    a.hw_info.sm_count = sms;
+    return a;
+  }
+};
+
+}  // namespace megamoe::sm100

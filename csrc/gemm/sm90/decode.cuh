@@ -1,0 +1,43 @@
+// NVFP4 weights, as megamoe_ep/prepack/sm90.py lays them out, to fragments of wgmma's A operand.
+//
+// A word holds the eight codes that one thread needs for one k16 step of 64 rows: registers a0..a3
+// of the fragment, each a pair of neighbouring k. Put at the joint of a bf16's exponent and mantissa,
+// a code's three magnitude bits are the value times 2^-126, subnormals included. Scales are bf16 of
+// 5 exponent bits, worth 2^119 times the block scale; the product is exact, and 2^-7 of the weight.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace megamoe::sm90 {
+
+constexpr float kUnscale = 128.0f;  // what the products lack
+
+constexpr uint32_t kSigns = 0x80008000;
+constexpr uint32_t kMagnitudes = 0x01C001C0;
+constexpr uint32_t kCodes = kSigns | kMagnitudes;
+
+// Register i of the fragment, before its scale.
+template <int i>
+MEGAMOE_HD uint32_t codes_of(uint32_t word) {
+  static_assert(i >= 0 && i < 4);
+  if constexpr (i == 0) return word & kCodes;
+  if constexpr (i == 1) return word << 3 & kCodes;
+  const uint32_t sign = i == 2 ? word << 1 : word << 2;
+  const uint32_t magnitude = i == 2 ? word << 6 : word >> 3;
+  return ((sign & kSigns) | (magnitude & ~kSigns)) & kCodes;
+}
+
+// Scales of rows r (low half) and r + 8 (high half) at an even and an odd k16 step: one word has both.
+template <int odd>
+MEGAMOE_HD uint32_t scales_of(uint32_t word) {
+#ifdef __CUDA_ARCH__
+  const uint32_t turned = odd ? __byte_perm(word, word, 0x0321) : word;
+#else
+  const uint32_t turned = odd ? word >> 8 | word << 24 : word;
+#endif
+  return (turned & 0x0FF00FF0u) | 0x70007000u;
+}
+
+}  // namespace megamoe::sm90
