@@ -32,7 +32,7 @@ def reports(output: str) -> dict[int, dict]:
 def test_the_rank_side_tests_pass(launch, launcher):
     """The tests that take ``group``, in three ranks."""
     flags = ["--with-mpi"] if launcher == "mpirun" else []
-    files = [str(HERE / "test_group.py"), str(HERE / "test_heap.py")]
+    files = [str(HERE / f"test_{what}.py") for what in ("group", "heap", "layer")]
     pytest_argv = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *flags, *files]
     output = launch(launcher, 3, pytest_argv)
     passed = [line for line in output.splitlines() if " passed" in line]
