@@ -44,12 +44,20 @@ enter_environment() {
   fi
 
   local stamp=$VIRTUAL_ENV/megamoe_ep.installed key
-  key="$(cat pyproject.toml CMakeLists.txt launch/environment.sh | sha256sum) [$extras] $* $PWD"
+  # csrc too: with an nvcc and a GPU it is built here.
+  key="$(find pyproject.toml CMakeLists.txt launch/environment.sh csrc -type f -exec sha256sum {} + |
+    sort | sha256sum) [$extras] $* $PWD"
   if [[ -f $stamp && $(< "$stamp") == "$key" ]]; then
     return
   fi
   if ! python -c 'import torch' 2> /dev/null; then
-    python -m pip install --quiet "torch==$torch_version"
+    local options=()
+    if ! has_gpu; then
+      # PyPI's torch for Linux brings gigabytes of CUDA; where this index is out of reach pip goes on
+      # without it.
+      options+=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    fi
+    python -m pip install --quiet "${options[@]}" "torch==$torch_version"
   fi
   python -m pip install --quiet --editable ".${extras:+[$extras]}" "$@"
   echo "$key" > "$stamp"
