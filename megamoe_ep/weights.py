@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,7 +91,8 @@ def transform_weights_for_nvfp4_mega_moe(
             up rows.
         l2: codes uint8 [L, H, I/2] and block scales float8_e4m3fn [L, H, I/16].
         device: where the layer will run; None: where ``l1``'s codes are.
-        layout: None takes the fastest that ``device`` has kernels for.
+        layout: None takes the fastest that ``device`` has kernels for. Those of csrc serve sizes
+            that are multiples of 128; others are left "portable", with a warning.
 
     Returns:
         Weights of L1 and of L2. In "portable" layout they share memory with the arguments that are
@@ -111,8 +113,23 @@ def transform_weights_for_nvfp4_mega_moe(
         )
     target = torch.device(device) if device is not None else l1[0].device
     if layout is None:
-        layout = weight_layout(target)
+        layout = _layout_for(target, hidden, intermediate)
     return _to_layout(*l1, target, layout, gated=True), _to_layout(*l2, target, layout, gated=False)
+
+
+def _layout_for(device: torch.device, hidden: int, intermediate: int) -> WeightLayout:
+    layout = weight_layout(device)
+    if layout == "portable":
+        return layout
+    multiple = importlib.import_module(f"megamoe_ep.prepack.{layout}").SIZE_MULTIPLE
+    if hidden % multiple == 0 and intermediate % multiple == 0:
+        return layout
+    warnings.warn(
+        f"the portable kernels, which are slow, serve this layer: csrc's need a hidden and an "
+        f"intermediate size that are multiples of {multiple}; got {hidden} and {intermediate}.",
+        stacklevel=3,
+    )
+    return "portable"
 
 
 def _to_layout(

@@ -1,0 +1,189 @@
+"""The weights of csrc/gemm/sm90: codes in the order of ``wgmma``'s A fragment, scales beside them.
+
+The kernel multiplies weights (A, m64k16, from registers) with tokens (B). What a thread needs for
+four steps of k, 16 each, is one 16-byte load of codes and one of scales. ``codes`` is uint8
+[L, N/128, K/64, 4608]: for every 128 rows ("slab") and 64 columns, 4096 bytes of codes and 512 of
+scales. Words are little-endian.
+
+Codes. Strip mb (64 rows) and thread t of a warpgroup: 16 bytes at 2048 * mb + 16 * t, one word for
+each step j. With warp w = t / 32, lane l = t % 32, c = l % 4, the thread's rows of the strip are
+r = 16 * w + l / 4 and r + 8. Its registers hold two columns each, h = 0, 1, the even one in the low
+half of the word and of the register:
+
+    register   row     column within the step   sign at    magnitude at
+    a0         r       2 * c + h                15         8..6
+    a1         r + 8   2 * c + h                12         5..3
+    a2         r       2 * c + 8 + h            14         2..0
+    a3         r + 8   2 * c + 8 + h            13         11..9
+
+All bits are those of one 16-bit half. Bit 15 and 8..6 are where a bf16 has its sign, the two lowest
+bits of its exponent and the highest of its significand; so masked, and shifted where need be, a
+code is a bf16 worth value * 2**-126, denormals included.
+
+Scales. For q = t / 4 there are 16 bytes at 4096 + 16 * q: words for (mb, p) = (0, 0), (0, 1),
+(1, 0), (1, 1). A word serves the steps 2 * p and 2 * p + 1:
+
+    step        row r      row r + 8
+    2 * p       11..4      27..20
+    2 * p + 1   the same, after rotating the word right by 8
+
+A scale's byte is e << 3 | m for 2**(e - 22) * (1 + m / 8), e from 13 to 30: UE4M3 with its
+subnormals made normal. (word & 0x0FF00FF0) | 0x70007000 is a pair of bf16 worth scale * 2**119, so
+code times scale is the weight * 2**-7, exact; the kernel gives alpha the rest. A scale of zero has
+byte 0, and its block's magnitudes are stored as 0, which leaves the weights what they were. NaN has
+byte 0xFF, and is a NaN in bf16 as well.
+
+Rows. Those of L2 keep their order. Slab s of L1 holds gate and up of the intermediate elements from
+64 * s on, so that one thread has both of one element: row 16 * w + j of strip mb, j < 8, is gate of
+element 64 * s + 16 * w + 8 * mb + j, and the row eight below it is up.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe_ep import nvfp4
+from megamoe_ep.errors import ArgumentError
+
+SIZE_MULTIPLE = 128  # of hidden and of intermediate size
+
+SLAB_ROWS = 128
+BLOCK_COLUMNS = 64
+CODE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // 2
+SCALE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // nvfp4.BLOCK
+BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
+
+_SIGN_AND_MAGNITUDE_AT = ((15, 6), (12, 3), (14, 0), (13, 9))  # lowest bits, for a0 to a3
+_NAN = 0x7F  # of UE4M3
+_PACKED_NAN = 0xFF
+
+
+def pack(
+    codes: torch.Tensor, scales: torch.Tensor, *, gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From checkpoint layout to this one, an expert at a time.
+
+    Args:
+        codes: uint8 [L, N, K/2], two E2M1 codes a byte, the even column in the low nibble.
+        scales: float8_e4m3fn [L, N, K/16], sign never set.
+        gated: the rows are gate, then up, as L1's are.
+
+    Returns:
+        uint8 [L, N/128, K/64, 4608], and an empty uint8 tensor where other layouts have scales.
+
+    Raises:
+        ArgumentError: N or K is not a multiple of 128, or a scale is negative.
+    """
+    experts, n, half_k = codes.shape
+    k = 2 * half_k
+    if n % SLAB_ROWS or k % SIZE_MULTIPLE:
+        raise ArgumentError(
+            f"codes must have N and K multiples of {SIZE_MULTIPLE} in the sm90 layout; got {n} x "
+            f"{k}. The portable layout takes any multiple of {nvfp4.BLOCK}."
+        )
+    if (scales.view(torch.uint8) > _NAN).any():
+        raise ArgumentError("scales must be positive or zero, as UE4M3 is; got a negative one.")
+    packed = codes.new_empty(experts, n // SLAB_ROWS, k // BLOCK_COLUMNS, BLOCK_BYTES)
+    order = row_order(n, gated, codes.device)
+    recode = _recoded_scales(codes.device)
+    for target, expert_codes, expert_scales in zip(packed, codes, scales, strict=True):
+        ue4m3 = expert_scales.view(torch.uint8)[order]
+        nibbles = expert_codes[order].view(n, k // nvfp4.BLOCK, nvfp4.BLOCK // 2)
+        nibbles = torch.where((ue4m3 == 0)[..., None], nibbles & 0x88, nibbles).view(n, half_k)
+        target[..., :CODE_BYTES] = _code_words(nibbles).view(torch.uint8).flatten(2)
+        target[..., CODE_BYTES:] = _scale_words(recode[ue4m3.int()]).view(torch.uint8).flatten(2)
+    return packed, codes.new_empty(0)
+
+
+def unpack(
+    codes: torch.Tensor, scales: torch.Tensor, *, gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of ``pack``; codes under a scale of zero come back as +0 and -0.
+
+    Args:
+        codes, scales: what ``pack`` returned.
+
+    Returns:
+        uint8 [L, N, K/2] and float8_e4m3fn [L, N, K/16].
+    """
+    experts, slabs, blocks, _ = codes.shape
+    n, k = slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS
+    order = row_order(n, gated, codes.device)
+    recode = _recoded_scales(codes.device)
+    decode = torch.zeros(256, dtype=torch.uint8, device=codes.device)
+    decode[recode.long()] = torch.arange(len(recode), dtype=torch.uint8, device=codes.device)
+    plain_codes = codes.new_empty(experts, n, k // 2)
+    ue4m3 = codes.new_empty(experts, n, k // nvfp4.BLOCK)
+    for i, expert in enumerate(codes):
+        plain_codes[i, order] = _codes_of_words(expert[..., :CODE_BYTES])
+        ue4m3[i, order] = decode[_scales_of_words(expert[..., CODE_BYTES:]).int()]
+    return plain_codes, ue4m3.view(torch.float8_e4m3fn)
+
+
+def row_order(n: int, gated: bool, device: torch.device | str = "cpu") -> torch.Tensor:
+    """int64 [n]: the checkpoint's row that each packed row is."""
+    if not gated:
+        return torch.arange(n, device=device)
+    # Slab, warp, half of the strip, row of eight: element 64 * slab + 16 * warp + 8 * strip + row.
+    element = torch.arange(n // 2, device=device).view(n // SLAB_ROWS, 4, 2, 8).transpose(1, 2)
+    return torch.stack((element, element + n // 2), dim=3).flatten()
+
+
+def _recoded_scales(device: torch.device) -> torch.Tensor:
+    """uint8 [128]: the packed byte of every UE4M3 byte."""
+    every = torch.arange(_NAN, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    fraction, exponent = torch.frexp(every)  # fraction in [1/2, 1)
+    byte = (exponent + 21) * 8 + (fraction * 16 - 8).int()
+    byte = torch.where(every == 0, 0, byte)
+    return torch.cat((byte, torch.tensor([_PACKED_NAN]))).to(torch.uint8).to(device)
+
+
+# In what follows: S slabs of 2 strips of 4 warps of 2 x 8 rows; B blocks of 4 steps of 2 x 4 pairs
+# of columns.
+
+
+def _code_words(codes: torch.Tensor) -> torch.Tensor:
+    """Bytes [N, K/2], in packed row order, to int32 [S, B, strip, warp, row, pair, step]."""
+    n, half_k = codes.shape
+    byte = codes.view(n // SLAB_ROWS, 2, 4, 2, 8, 2 * half_k // BLOCK_COLUMNS, 4, 2, 4)
+    word = None
+    for register, (sign_at, magnitude_at) in enumerate(_SIGN_AND_MAGNITUDE_AT):
+        pair = byte[:, :, :, register % 2, :, :, :, register // 2].int()
+        pair = pair & 15 | (pair & 240) << 12
+        part = (pair & 0x0008_0008) << sign_at - 3 | (pair & 0x0007_0007) << magnitude_at
+        word = part if word is None else word.bitwise_or_(part)
+    assert word is not None
+    return word.permute(0, 4, 1, 2, 3, 6, 5).contiguous()
+
+
+def _codes_of_words(packed: torch.Tensor) -> torch.Tensor:
+    slabs, blocks, _ = packed.shape
+    word = packed.contiguous().view(torch.int32).view(slabs, blocks, 2, 4, 8, 4, 4)
+    word = word.permute(0, 2, 3, 4, 1, 6, 5)
+    byte = packed.new_empty(slabs, 2, 4, 2, 8, blocks, 4, 2, 4)
+    for register, (sign_at, magnitude_at) in enumerate(_SIGN_AND_MAGNITUDE_AT):
+        pair = word >> sign_at - 3 & 0x0008_0008 | word >> magnitude_at & 0x0007_0007
+        byte[:, :, :, register % 2, :, :, :, register // 2] = pair & 15 | pair >> 12 & 240
+    return byte.view(slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS // 2)
+
+
+def _scale_words(scales: torch.Tensor) -> torch.Tensor:
+    """Packed bytes [N, K/16], in packed row order, to int32 [S, B, warp, row, strip, two steps]."""
+    n, columns = scales.shape
+    byte = scales.int().view(n // SLAB_ROWS, 2, 4, 2, 8, columns // 4, 2, 2)
+    # By half of the warp's rows, and step of the two: [S, strip, warp, row, B, two steps].
+    (low_0, low_1), (high_0, high_1) = (byte[:, :, :, half].unbind(-1) for half in range(2))
+    word = low_0 << 4 | high_0 << 20 | low_1 << 12 | high_1 << 28 | high_1 >> 4
+    return word.permute(0, 4, 2, 3, 1, 5).contiguous()
+
+
+def _scales_of_words(packed: torch.Tensor) -> torch.Tensor:
+    slabs, blocks, _ = packed.shape
+    word = packed.contiguous().view(torch.int32).view(slabs, blocks, 4, 8, 2, 2)
+    word = word.permute(0, 4, 2, 3, 1, 5)
+    byte = packed.new_empty(slabs, 2, 4, 2, 8, blocks, 2, 2)
+    byte[:, :, :, 0, ..., 0] = word >> 4 & 255
+    byte[:, :, :, 0, ..., 1] = word >> 12 & 255
+    byte[:, :, :, 1, ..., 0] = word >> 20 & 255
+    byte[:, :, :, 1, ..., 1] = word >> 28 & 15 | (word & 15) << 4
+    return byte.view(slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS // nvfp4.BLOCK)
