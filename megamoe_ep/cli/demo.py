@@ -156,11 +156,14 @@ def _start(options: Options) -> int:
     # These raise here, and once, what every rank would raise.
     Group.of(None, device=options.device)
     layer_shape(options, world_size)
-    codes = spawn_ranks(
-        [sys.executable, "-m", "megamoe_ep.cli", *options.argv()],
-        world_size,
-        timeout_s=JOB_TIMEOUT_S,
-    )
+    # What the ranks leave behind when they are killed goes with this folder.
+    with tempfile.TemporaryDirectory(prefix="megamoe-ep-") as folder:
+        codes = spawn_ranks(
+            [sys.executable, "-m", "megamoe_ep.cli", *options.argv()],
+            world_size,
+            timeout_s=JOB_TIMEOUT_S,
+            environment={"TMPDIR": folder},
+        )
     failed = {rank: code for rank, code in enumerate(codes) if code}
     if failed:
         said = ", ".join(f"rank {rank}: {code}" for rank, code in failed.items())
@@ -391,9 +394,9 @@ def _verify(
         for rows in zip(dispatched, combined, strict=True)
     ]
     out = console()
-    made_up = "" if options.checkpoint else " (made up)"
     out.print(
-        f"Layer {layer} of {path}{made_up}: {shape.num_experts} experts, "
+        f"Layer {layer} of {options.checkpoint or 'a made-up checkpoint'}: "
+        f"{shape.num_experts} experts, "
         f"hidden {shape.hidden_size}, intermediate {shape.intermediate_size}, "
         f"top-k {shape.top_k}, combine {options.combine}, {shape.world_size} rank(s)",
         highlight=False,
@@ -468,5 +471,7 @@ def _plot(file: Path, matrices: dict[str, Traffic]) -> None:
                         fontsize=8,
                         color="black" if nbytes > 0.6 * highest else "white",
                     )
-    figure.colorbar(image, ax=figure.axes, label="bytes of one call")
+    figure.colorbar(
+        image, ax=figure.axes, label="in one call", format=lambda nbytes, _: bytes_text(nbytes)
+    )
     figure.savefig(file, dpi=150)

@@ -113,8 +113,10 @@ def _version(distribution: str) -> str | None:
 def _software() -> Finding:
     import torch
 
+    import megamoe_ep
+
     text = (
-        f"megamoe_ep {_version('megamoe_ep') or '(not installed)'}, torch {torch.__version__}, "
+        f"megamoe_ep {megamoe_ep.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()} on {platform.machine()}"
     )
     return Finding("software", "ok", text)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megamoe_ep.errors import ArgumentError, MegaMoEError
 
-WIDTH = 110  # columns of what is written to a file or a pipe
+WIDTH = 120  # columns of what is written to a file or a pipe
 
 
 def console() -> Console:
