@@ -1,0 +1,105 @@
+"""What nvcc made of csrc: the tensor cores' instructions, and registers that did not spill."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from megamoe_ep.kernels import library
+
+_LOCAL_MEMORY = ("LDL", "STL")
+
+
+def find_cuobjdump() -> str | None:
+    """PyPI's, or the one on PATH."""
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+    except metadata.PackageNotFoundError:
+        return shutil.which("cuobjdump")
+    found = [str(file.locate()) for file in files if file.name == "cuobjdump"]
+    return found[0] if found else None
+
+
+def why_not() -> str | None:
+    if library.why_unavailable() is not None:
+        return f"no library to look at: {library.why_unavailable()}"
+    if find_cuobjdump() is None:
+        return "needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    return None
+
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, dict[str, Counter[str]]]:
+    """Opcodes by architecture and kernel; an opcode's modifiers are left off."""
+    cuobjdump = find_cuobjdump()
+    assert cuobjdump is not None
+    path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # it calls nvdisasm
+    command = [cuobjdump, "-sass", str(library._LIBRARY)]
+    found: dict[str, dict[str, Counter[str]]] = {}
+    architecture, opcodes = "", Counter[str]()
+    # One instruction a line, as "        /*0080*/              @!P0 LDG.E R4, desc[UR4][R2.64] ;"
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := instruction.match(line):
+                opcodes[match[1]] += 1
+            elif match := re.match(r"\s*Function : (\S+)", line):
+                opcodes = found.setdefault(architecture, {}).setdefault(match[1], Counter())
+            elif match := re.match(r"arch = sm_(\S+)", line):
+                architecture = match[1]
+    assert process.returncode == 0
+    return found
+
+
+def of_namespace(kernels, architecture: str, name: str) -> dict[str, Counter[str]]:
+    """Kernels of one architecture whose mangled names hold a namespace or template of this name."""
+    if architecture not in kernels:
+        pytest.skip(f"the library was not built for sm_{architecture}")
+    found = {k: v for k, v in kernels[architecture].items() if name in k}
+    assert found, f"no kernel of {name} in sm_{architecture}"
+    return found
+
+
+def test_every_kernel_was_taken_apart(kernels):
+    for architecture in str(library.load().architectures()).split(","):
+        comm = of_namespace(kernels, architecture, "7megamoe4comm")
+        assert len(comm) >= 7
+        assert all(opcodes["EXIT"] and sum(opcodes.values()) > 100 for opcodes in comm.values())
+
+
+def test_hopper_gemms_feed_the_tensor_cores_and_do_not_spill(kernels):
+    gemms = of_namespace(kernels, "90a", "7megamoe4sm90")
+    multiply = {name: opcodes for name, opcodes in gemms.items() if opcodes["HGMMA"]}
+    assert len(multiply) >= 2, "L1 and L2"
+    spilled = {n: c for n, o in gemms.items() if (c := [o[x] for x in _LOCAL_MEMORY]) != [0, 0]}
+    assert not spilled, f"loads from and stores to local memory: {spilled}"
+    # TMA brings the operands in.
+    assert all(opcodes["UTMALDG"] for opcodes in multiply.values())
+
+
+def test_blackwell_gemms_multiply_nvfp4_with_its_scales(kernels):
+    gemms = of_namespace(kernels, "100a", "cutlass")
+    multiply = {name: opcodes for name, opcodes in gemms.items() if opcodes["UTCOMMA"]}
+    assert multiply, "no block-scaled MMA of 4-bit operands"
+    assert all(opcodes["UTCCP"] for opcodes in multiply.values()), "scales go to tensor memory"
+    spilled = {n: c for n, o in multiply.items() if (c := [o[x] for x in _LOCAL_MEMORY]) != [0, 0]}
+    assert not spilled, f"loads from and stores to local memory: {spilled}"
+
+
+def test_what_stage_and_combine_hold_stays_in_registers(kernels):
+    """Not those that wait for flags: there, giving up keeps sets of ranks in local memory."""
+    for architecture in str(library.load().architectures()).split(","):
+        comm = of_namespace(kernels, architecture, "7megamoe4comm")
+        for name, opcodes in comm.items():
+            if any(kernel in name for kernel in ("stage_tokens", "_send")):
+                assert not any(opcodes[x] for x in _LOCAL_MEMORY), f"{name} in sm_{architecture}"
