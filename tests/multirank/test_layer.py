@@ -1,4 +1,6 @@
-"""Ranks that do not agree on their layer: found when it is made, and told to every rank."""
+"""A layer of several ranks: who does not agree on it is found when it is made, and every rank is
+told; and the bytes that a call sends are those that it is said to send.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 
 from megamoe_ep import MegaMoE, get_symm_buffer_for_nvfp4_mega_moe
 from megamoe_ep.bootstrap import Group
+from megamoe_ep.cli.demo import inputs_of, traffic
 from megamoe_ep.errors import ArgumentError, BufferDestroyedError, LayerMismatchError
 from megamoe_ep.weights import random_experts
 
@@ -101,3 +104,16 @@ def test_static_input_scale_of_the_layer_is_the_largest(ranks):
     with get_symm_buffer_for_nvfp4_mega_moe(ranks, **sizes(ranks), device="cpu") as buffer:
         layer = MegaMoE.from_experts(experts, buffer)
         assert layer.input_global_scale.tolist() == [max(everyone)]
+
+
+@pytest.mark.parametrize("activation_format", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("combine", ["exact", "fast"])
+def test_bytes_sent_are_those_that_the_demo_shows(ranks, combine, activation_format):
+    given = {**sizes(ranks), "max_num_tokens": 9, "activation_format": activation_format}
+    with get_symm_buffer_for_nvfp4_mega_moe(ranks, **given, device="cpu") as buffer:
+        layer = MegaMoE.from_experts(local_experts(ranks), buffer, combine=combine)
+        everyone = [inputs_of(buffer.shape, rank, 9) for rank in range(ranks.world_size)]
+        layer(*everyone[ranks.rank])
+        dispatched, combined = traffic(buffer.shape, [ids for _, ids, _ in everyone], combine)
+        assert buffer.bytes_put["dispatch"] == dispatched[ranks.rank]
+        assert buffer.bytes_put["combine"] == combined[ranks.rank]
