@@ -38,13 +38,13 @@ class Load:
         tokens: [W], tokens that each rank brings.
         sent: [W, W], tokens that rank s (row) sends to rank d: once, however many of its experts.
         rows: [W, W], (token, slot) pairs of rank s whose expert is on rank d.
-        experts_hit: [W], experts of each rank that have rows.
+        expert_rows: [W, L], rows of each expert, by its rank.
     """
 
     tokens: torch.Tensor
     sent: torch.Tensor
     rows: torch.Tensor
-    experts_hit: torch.Tensor
+    expert_rows: torch.Tensor
 
     @classmethod
     def of(cls, shape: LayerShape, topk_idx: Sequence[torch.Tensor]) -> Load:
@@ -66,8 +66,13 @@ class Load:
             torch.tensor([len(ids) for ids in topk_idx]),
             torch.tensor([[int((o == d).any(1).sum()) for d in w] for o in owners]),
             torch.tensor([[int((o == d).sum()) for d in w] for o in owners]),
-            (per_expert > 0).view(shape.world_size, -1).sum(1).cpu(),
+            per_expert.view(shape.world_size, -1).cpu(),
         )
+
+    @property
+    def experts_hit(self) -> torch.Tensor:
+        """Experts of each rank that have rows: [W]."""
+        return (self.expert_rows > 0).sum(1)
 
     @property
     def busiest_rows(self) -> float:
@@ -305,7 +310,7 @@ def phase_floors(
 # Measuring the ceilings
 
 _LAUNCHES = 64
-_FLAG_ROUNDS = 200
+_FLAG_ROUNDS = 50
 
 
 def measure_ceilings(meter: Meter) -> Ceilings:

@@ -1,0 +1,201 @@
+"""How long a call of the layer will take on a machine, from its ceilings alone.
+
+The sum over the kernels of a call (``roofline.steps``). A kernel takes a launch, the latency of a
+flag where it waits for one, and its floor; a GEMM takes what its busiest block does, by the tiles
+that csrc cuts it into. Nothing here is fitted to a measured layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megamoe_ep.roofline import PHASES, Ceilings, Load, Step, step_floor, steps, weight_nbytes
+from megamoe_ep.shape import LayerShape
+
+
+@dataclass(frozen=True)
+class GemmTiles:
+    """How csrc's grouped GEMMs are cut: tile t of all goes to block t % blocks.
+
+    Attributes:
+        weight_rows: rows of weights in a tile.
+        max_tokens: the most rows of tokens in a tile; an expert's rows are cut into as few tiles as
+            that allows, all of one width.
+        token_step: a width is a multiple of this, or half of it.
+        blocks: one for each SM.
+    """
+
+    weight_rows: int
+    max_tokens: int
+    token_step: int
+    blocks: int
+
+    def of_expert(self, rows: float) -> tuple[int, int]:
+        """How many token tiles an expert with so many rows has, and their width."""
+        if rows == 0:
+            return 0, 0
+        tiles = math.ceil(rows / self.max_tokens)
+        least, step = rows / tiles, self.token_step
+        return tiles, step // 2 if least <= step // 2 else math.ceil(least / step) * step
+
+
+# csrc/gemm/sm90/schedule.cuh; csrc/gemm/sm100 leaves the choice to CUTLASS, so that B200's are a
+# guess: the same, on its 148 SMs.
+TILES = {
+    "H200": GemmTiles(weight_rows=256, max_tokens=176, token_step=16, blocks=132),
+    "B200": GemmTiles(weight_rows=256, max_tokens=176, token_step=16, blocks=148),
+}
+
+
+def forecast(
+    shape: LayerShape, load: Load, combine: str, ceilings: Ceilings, tiles: GemmTiles
+) -> dict[str, float]:
+    """Seconds of each phase of one call."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    h, i = shape.hidden_size, shape.intermediate_size
+    for step in steps(shape, load, combine):
+        if step.kernel == "l1":
+            work = _gemm_seconds(
+                load, 2 * i, h, weight_nbytes(shape) * 2 / 3, 2 * (h + i), ceilings, tiles
+            )
+        elif step.kernel == "l2":
+            work = _gemm_seconds(load, h, i, weight_nbytes(shape) / 3, 2 * (h + i), ceilings, tiles)
+        else:
+            work = step_floor(step, ceilings)
+        seconds[step.phase] += ceilings.launch_s + _flag_seconds(step, ceilings) + work
+    return seconds
+
+
+def _flag_seconds(step: Step, ceilings: Ceilings) -> float:
+    world_size = len(step.put)
+    if not step.waits or world_size == 1:
+        return 0.0
+    return ceilings.flag_s if world_size <= ceilings.domain else ceilings.network_flag_s
+
+
+def _gemm_seconds(
+    load: Load,
+    n: int,
+    k: int,
+    expert_nbytes: float,
+    row_nbytes: int,
+    ceilings: Ceilings,
+    tiles: GemmTiles,
+) -> float:
+    """The busiest block of the busiest rank; an SM has its share of memory and of arithmetic.
+
+    Token tiles of one expert run together and read its weights once; likewise with rows.
+    """
+    ranks = {tuple(rows) for rows in load.expert_rows.tolist()}
+    return max(_rank_seconds(r, n, k, expert_nbytes, row_nbytes, ceilings, tiles) for r in ranks)
+
+
+def _rank_seconds(
+    expert_rows: tuple[float, ...],
+    n: int,
+    k: int,
+    expert_nbytes: float,
+    row_nbytes: int,
+    ceilings: Ceilings,
+    tiles: GemmTiles,
+) -> float:
+    weight_tiles = math.ceil(n / tiles.weight_rows)
+    each: list[float] = []  # seconds of a tile, in their order
+    for rows in expert_rows:
+        token_tiles, width = tiles.of_expert(rows)
+        if not token_tiles:
+            continue
+        count = token_tiles * weight_tiles
+        nbytes = (expert_nbytes + rows * row_nbytes) / count
+        flops = 2 * width * k * n / weight_tiles
+        seconds = max(nbytes / ceilings.copy_bytes_per_s, flops / ceilings.flop_per_s)
+        each += [seconds * tiles.blocks] * count
+    padded = torch.zeros(-(-len(each) // tiles.blocks) * tiles.blocks, dtype=torch.float64)
+    padded[: len(each)] = torch.tensor(each, dtype=torch.float64)
+    return float(padded.view(-1, tiles.blocks).sum(0).max()) if each else 0.0
+
+
+# A routing that is not drawn yet
+
+
+def expected_load(shape: LayerShape, skew: float = 1.0) -> Load:
+    """What to expect of ``measure.route`` where every rank brings ``shape.max_num_tokens`` tokens.
+
+    Rank 0 has the hot expert, if there is one. The rows of a rank's experts are spread as the
+    quantiles of their distribution, and one rank has as many as the busiest can expect.
+    """
+    w, e, k = shape.world_size, shape.num_experts, shape.top_k
+    local, t = shape.experts_per_rank, shape.max_num_tokens
+    hot = skew != 1
+    often = min(1.0, skew * k / e) if hot else k / e
+    others = e - 1 if hot else e  # experts that are drawn evenly
+    mean = (k - often) / others if hot else k / e
+
+    def none_of(experts: int, drawn: int) -> float:
+        """That a token's ``drawn`` even experts avoid so many."""
+        if others - experts < drawn:
+            return 0.0
+        return math.comb(others - experts, drawn) / math.comb(others, drawn)
+
+    def goes(experts: int) -> float:
+        """That a token goes to a rank with so many even experts and not the hot one."""
+        if not hot:
+            return 1 - none_of(experts, k)
+        return 1 - often * none_of(experts, k - 1) - (1 - often) * none_of(experts, k)
+
+    to_first = often + (1 - often) * (1 - none_of(local - 1, k)) if hot else goes(local)
+    sent = torch.full((w, w), t * goes(local), dtype=torch.float64)
+    sent[:, 0] = t * to_first
+
+    total = w * t
+    per_expert = _binomial_quantiles(total, mean, local).repeat(w, 1)
+    if hot:
+        per_expert[0] = torch.cat(
+            (torch.tensor([total * often], dtype=torch.float64),
+             _binomial_quantiles(total, mean, local - 1))
+        )  # fmt: skip
+    rows = torch.full((w, w), t * mean * local, dtype=torch.float64)
+    rows[:, 0] += t * (often - mean)
+    # Chance favours one rank; with a hot expert it need not be the one that has it.
+    favoured = 1 if hot and w > 1 else 0
+    more = 1 + _excess(shape) / (total * mean * local)
+    rows[:, favoured] *= more
+    per_expert[favoured] *= more
+    return Load(torch.full((w,), t, dtype=torch.float64), sent, rows, per_expert)
+
+
+def _excess(shape: LayerShape) -> float:
+    """Rows above the mean that the busiest of the ranks can expect, with even routing.
+
+    A token's rows on a rank are hypergeometric, the sum over tokens near normal; the ranks' sums
+    add up to a constant, so their largest is that of W independent ones times sqrt(W / (W - 1)).
+    """
+    w, e, k, local = shape.world_size, shape.num_experts, shape.top_k, shape.experts_per_rank
+    if w == 1:
+        return 0.0
+    variance = k * (local / e) * (1 - local / e) * (e - k) / (e - 1)
+    deviation = math.sqrt(w * shape.max_num_tokens * variance)
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    below = torch.special.ndtr(x)
+    largest = float(torch.trapezoid((x > 0).double() - below**w, x))  # E = integral of 1(x>0) - F^w
+    return deviation * math.sqrt(w / (w - 1)) * largest
+
+
+def _binomial_quantiles(n: int, p: float, count: int) -> torch.Tensor:
+    """Quantiles (j + 1/2) / count of Binomial(n, p), fp64 [count]."""
+    if count == 0 or p >= 1:
+        return torch.full((count,), float(n), dtype=torch.float64)
+    deviation = math.sqrt(n * p * (1 - p))
+    low = max(0, math.floor(n * p - 10 * deviation - 10))
+    high = min(n, math.ceil(n * p + 10 * deviation + 10))
+    x = torch.arange(low, high + 1, dtype=torch.float64)
+    log = (
+        math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+        + x * math.log(p) + (n - x) * math.log1p(-p)
+    )  # fmt: skip
+    below = log.exp().cumsum(0)
+    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * below[-1]
+    return x[torch.searchsorted(below, wanted).clamp(max=len(x) - 1)]

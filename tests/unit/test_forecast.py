@@ -1,0 +1,115 @@
+"""The forecast against what it must become in the limit, and its expectations against draws."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamoe_ep.forecast import TILES, GemmTiles, expected_load, forecast
+from megamoe_ep.measure import MODELS, route
+from megamoe_ep.roofline import KNOWN, Load, layer_floor, phase_floors
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = KNOWN["H200"]
+# So fine that no tile is ever wider than its rows, and one block has all the work.
+NO_TILES = GemmTiles(weight_rows=256, max_tokens=1 << 30, token_step=2, blocks=1)
+FREE = replace(H200, launch_s=0.0, flag_s=0.0, peer_bytes_per_s=1e30, network_bytes_per_s=1e30)
+
+
+def seconds(shape, load, combine="exact", ceilings=H200, tiles=TILES["H200"]):
+    return sum(forecast(shape, load, combine, ceilings, tiles).values())
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 8192])
+def test_without_launches_wire_and_tiles_it_is_the_floor_of_every_kernel(tokens):
+    shape = MODELS["dsv3"].layer(32, tokens, 1)
+    load = expected_load(shape)
+    found = forecast(shape, load, "exact", FREE, NO_TILES)
+    floors = phase_floors(shape, load, "exact", FREE)
+    # An expert is either read or multiplied: by expert no less than by sum, and by what the rows'
+    # own bytes add no more than a little.
+    for phase in ("stage", "dispatch", "combine"):
+        assert found[phase] == pytest.approx(floors[phase])
+    for phase in ("l1", "l2"):
+        assert floors[phase] * 0.999 <= found[phase] <= floors[phase] * 1.10
+
+
+@pytest.mark.parametrize("machine", ["H200", "B200"])
+@pytest.mark.parametrize("model", ["dsv3", "flash", "pro", "qwen3-235b"])
+def test_never_below_the_floor_and_never_shorter_for_more_tokens(machine, model):
+    ceilings, tiles = KNOWN[machine], TILES[machine]
+    for ranks in (1, 2, 8):
+        before = 0.0
+        for tokens in (1, 8, 64, 128, 512, 2048, 8192):
+            shape = MODELS[model].layer(MODELS[model].rank_experts * ranks, tokens, ranks)
+            load = expected_load(shape)
+            found = seconds(shape, load, "fast", ceilings, tiles)
+            assert found > layer_floor(shape, load, ceilings).seconds
+            assert found > 0.98 * before, "tiles may fit a little better with more tokens"
+            before = found
+
+
+def test_fast_sends_less_and_takes_less():
+    shape = MODELS["dsv3"].layer(256, 2048, 8)
+    load = expected_load(shape)
+    exact, fast = (forecast(shape, load, mode, H200, TILES["H200"]) for mode in ("exact", "fast"))
+    assert fast["combine"] < 0.8 * exact["combine"]
+    assert fast["l1"] == exact["l1"]
+
+
+def test_the_network_costs_where_the_domain_ends():
+    shape = MODELS["dsv3"].layer(256, 128, 16)
+    load = expected_load(shape)
+    within = seconds(shape, load, ceilings=replace(H200, domain=16))
+    assert seconds(shape, load) > within
+
+
+def test_skew_costs_the_rank_that_has_the_hot_expert():
+    shape = MODELS["dsv3"].layer(64, 2048, 2)
+    even, hot = expected_load(shape), expected_load(shape, 7.0)
+    assert hot.rows.sum(0)[0] > hot.rows.sum(0)[1]
+    assert seconds(shape, hot) > seconds(shape, even)
+    # A lone rank has all rows anyway.
+    lone = MODELS["dsv3"].layer(32, 2048, 1)
+    assert expected_load(lone, 7.0).busiest_rows == pytest.approx(2048 * 8)
+
+
+@pytest.mark.parametrize("skew", [1.0, 4.0])
+@pytest.mark.parametrize(("ranks", "tokens", "top_k"), [(1, 40, 6), (2, 64, 8), (4, 32, 2)])
+def test_expectations_are_the_means_of_drawn_routings(ranks, tokens, top_k, skew):
+    shape = replace(MODELS["flash"].layer(16 * ranks, tokens, ranks), top_k=top_k)
+    draw = torch.Generator().manual_seed(ranks)
+    draws = 300
+    loads = [
+        Load.of(shape, [route(tokens, 16 * ranks, top_k, skew, draw) for _ in range(ranks)])
+        for _ in range(draws)
+    ]
+    expected = expected_load(shape, skew)
+    sent = torch.stack([load.sent for load in loads]).double().mean(0)
+    torch.testing.assert_close(sent, expected.sent, rtol=0.03, atol=0.1)
+    busiest = sum(load.busiest_rows for load in loads) / draws
+    assert expected.busiest_rows == pytest.approx(busiest, rel=0.04)
+    hottest = torch.stack([load.expert_rows[0, 0] for load in loads]).double().mean()
+    if skew != 1:
+        assert float(expected.expert_rows[0, 0]) == pytest.approx(float(hottest), rel=0.05)
+    # Quantiles of the experts' rows have the spread of what is drawn.
+    drawn = torch.stack([load.expert_rows[-1] for load in loads]).double()
+    assert float(expected.expert_rows[-1].mean()) == pytest.approx(float(drawn.mean()), rel=0.10)
+    assert float(expected.expert_rows[-1].std()) == pytest.approx(
+        float(drawn.std(dim=1).mean()), rel=0.20
+    )
+
+
+def test_tiles_are_those_of_the_kernel():
+    source = (ROOT / "csrc/gemm/sm90/schedule.cuh").read_text()
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
+    assert TILES["H200"].max_tokens == int(constants["kMaxTokens"])
+    assert TILES["H200"].weight_rows == int(constants["kWeightRows"])
+    tiles = TILES["H200"]
+    assert [tiles.of_expert(rows) for rows in (0, 1, 8, 9, 16, 17, 176, 177, 353)] == [
+        (0, 0), (1, 8), (1, 8), (1, 16), (1, 16), (1, 32), (1, 176), (2, 96), (3, 128),
+    ]  # fmt: skip
