@@ -1,0 +1,619 @@
+"""Writes the tables and plots of docs/performance.md from the files in benchmarks/results.
+
+    python benchmarks/report.py            write them
+    python benchmarks/report.py --check    exit status 1 where the document is not what they give
+
+A table stands between <!-- report:NAME --> and <!-- report:end -->; the rest of the document is
+written by hand and left alone. Running it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megamoe_ep.forecast import TILES, expected_load, forecast
+from megamoe_ep.measure import MODELS, Case
+from megamoe_ep.results import Results
+from megamoe_ep.roofline import KNOWN, PHASES, layer_floor
+from megamoe_ep.shape import LayerShape
+
+HERE = Path(__file__).resolve().parent
+DOCUMENT = HERE.parent / "docs" / "performance.md"
+PLOTS = "images"  # beside the document
+
+FORECAST_MODELS = ("dsv3", "flash", "pro", "qwen3-235b")
+FORECAST_RANKS = (4, 8, 16, 32, 64, 72)
+FORECAST_TOKENS = (1, 64, 512, 2048, 8192)
+CHECKED_FROM = 64  # tokens of a rank: below, a call is launches, which have no floor worth the name
+CHECK_LIMIT = 0.15
+LAUNCHERS_LIMIT = 0.05
+SLOTS = {"exact": "o", "fast": "s"}
+COLOURS = ("#3b6fb6", "#d1495b", "#2e8b57", "#8e6bb0", "#c98a1b")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """All results, and from which file each row is."""
+
+    files: dict[str, Results]
+
+    @classmethod
+    def read(cls, folder: Path) -> Data:
+        return cls({path.name: Results.read(path) for path in sorted(folder.glob("*.json"))})
+
+    def rows(self, benchmark: str, **wanted: Any) -> list[Row]:
+        """Rows of a benchmark that have these values, each with its machine and ceilings."""
+        return [
+            row | {"machine": results.machine, "ceilings": results.ceilings}
+            for results in self.files.values()
+            if results.benchmark == benchmark
+            for row in results.rows
+            if all(row.get(name) == value for name, value in wanted.items())
+        ]
+
+    @cached_property
+    def scaling(self) -> list[Row]:
+        return self.rows("scaling")
+
+
+# Text
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """Markdown; the first ``left`` columns to the left, the others to the right."""
+    lines = [heads, ["---" if i < left else "---:" for i in range(len(heads))], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def us(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def values(rows: Iterable[Row], name: str) -> list[Any]:
+    """The distinct values in a column, in order."""
+    return sorted({row[name] for row in rows})
+
+
+def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    return [r for r in rows if all(r[name] == value for name, value in wanted.items())]
+
+
+def only(rows: Iterable[Row], **wanted: Any) -> Row | None:
+    """The row with these values; of several the one that was measured last."""
+    found = of(rows, **wanted)
+    return max(found, key=lambda row: row["machine"]["time"]) if found else None
+
+
+NOTHING = "No result file holds any of this yet."
+
+
+def sources(data: Data) -> str:
+    if not data.files:
+        return NOTHING
+    return table(
+        ["file", "device", "ranks", "launcher", "torch", "commit", "command"],
+        [
+            [
+                f"`{name}`",
+                r.machine["device"],
+                r.machine["ranks"],
+                r.machine["launcher"],
+                r.machine["torch"],
+                r.machine["commit"],
+                f"`{r.machine['command']}`",
+            ]
+            for name, r in data.files.items()
+        ],
+        left=7,
+    )
+
+
+def ceilings(data: Data) -> str:
+    measured = [(f"`{name}`", r.ceilings) for name, r in data.files.items()]
+    assumed = [(f"table: {name}", c) for name, c in KNOWN.items()]
+    lines = [
+        [
+            where,
+            f"{c.copy_bytes_per_s / 1e12:.2f}",
+            f"{c.flop_per_s / 1e12:.0f}",
+            f"{c.peer_bytes_per_s / 1e9:.0f}",
+            f"{c.flag_s * 1e6:.2f}",
+            f"{c.launch_s * 1e6:.2f}",
+            c.source,
+        ]
+        for where, c in [*measured, *assumed]
+    ]
+    heads = ["", "copy TB/s", "product TFLOP/s", "peer GB/s", "flag us", "launch us", "source"]
+    return table(heads, lines)
+
+
+def latency(data: Data) -> str:
+    """Weak scaling with even routing: the layer against its floor."""
+    rows = of(data.scaling, mode="weak", skew=1.0)
+    if not rows:
+        return NOTHING
+    lines = []
+    for model in values(rows, "shape"):
+        for ranks in values(of(rows, shape=model), "ranks"):
+            mine = of(rows, shape=model, ranks=ranks)
+            for tokens in values(mine, "tokens"):
+                exact, fast = (
+                    only(mine, tokens=tokens, combine=mode) for mode in ("exact", "fast")
+                )
+                row = exact or fast
+                assert row is not None
+                lines.append(
+                    [
+                        model,
+                        ranks,
+                        tokens,
+                        row["rows_busiest_rank"],
+                        us(row["weight_floor_us"]),
+                        us(row["flop_floor_us"]),
+                        *(us(r and r["ours_us"]) for r in (exact, fast)),
+                        *(ratio(r and r["over_floor"]) for r in (exact, fast)),
+                        f"{max(r['tflops'] for r in (exact, fast) if r):.0f}",
+                    ]
+                )
+    heads = [
+        "shape", "ranks", "tokens a rank", "rows", "weight floor us", "FLOP floor us", "exact us",
+        "fast us", "exact / floor", "fast / floor", "TFLOP/s",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
+def phases(data: Data) -> str:
+    rows = [r for r in of(data.scaling, mode="weak", skew=1.0, combine="exact") if "l1_us" in r]
+    if not rows:
+        return NOTHING
+    keys = sorted({(r["shape"], r["ranks"], r["tokens"]) for r in rows})
+    lines = []
+    for model, ranks, tokens in keys:
+        row = only(rows, shape=model, ranks=ranks, tokens=tokens)
+        assert row is not None
+        cells = [f"{us(row[f'{p}_us'])} ({us(row[f'{p}_floor_us'])})" for p in PHASES]
+        lines.append([model, ranks, tokens, *cells])
+    return table(["shape", "ranks", "tokens a rank", *(f"{p} us" for p in PHASES)], lines)
+
+
+def skew(data: Data) -> str:
+    rows = of(data.scaling, mode="weak", combine="exact")
+    skews = [s for s in values(rows, "skew") if s != 1]
+    lines = []
+    for model, ranks, tokens in sorted({(r["shape"], r["ranks"], r["tokens"]) for r in rows}):
+        even = only(rows, shape=model, ranks=ranks, tokens=tokens, skew=1.0)
+        hot = [only(rows, shape=model, ranks=ranks, tokens=tokens, skew=s) for s in skews]
+        if even and any(hot):
+            costs = [ratio(r and r["ours_us"] / even["ours_us"]) for r in hot]
+            lines.append([model, ranks, tokens, us(even["ours_us"]), *costs])
+    if not lines:
+        return NOTHING
+    return table(["shape", "ranks", "tokens a rank", "even us", *(f"{s:g}x" for s in skews)], lines)
+
+
+def strong(data: Data) -> str:
+    rows = of(data.scaling, mode="strong", skew=1.0)
+    if not rows:
+        return NOTHING
+    counts = values(rows, "ranks")
+    lines = []
+    for model, tokens, mode in sorted({(r["shape"], r["tokens"], r["combine"]) for r in rows}):
+        mine = [only(rows, shape=model, tokens=tokens, combine=mode, ranks=w) for w in counts]
+        cells = [us(r and r["ours_us"]) for r in mine]
+        lines.append([model, tokens, mode, *cells])
+    return table(["shape", "tokens in all", "combine", *(f"{w} rank(s) us" for w in counts)], lines)
+
+
+def rivals(data: Data) -> str:
+    """The layer benchmark: ours and NCCL + torch._grouped_mm in one run."""
+    rows = [r for r in data.rows("layer") if r.get("torch_nccl_us") and r.get("ours_us")]
+    if not rows:
+        return NOTHING
+    keys = ("shape", "ranks", "tokens_per_rank", "combine", "skew")
+    lines = [
+        [
+            *(f"{r[k]:g}" if isinstance(r[k], float) else r[k] for k in keys),
+            us(r["floor_us"]),
+            us(r["ours_us"]),
+            us(r["torch_nccl_us"]),
+            f"{r['torch_nccl_us'] / r['ours_us']:.1f}",
+        ]
+        for r in sorted(rows, key=lambda r: [r[k] for k in keys])
+    ]
+    heads = ["shape", "ranks", "tokens a rank", "combine", "skew", "floor us", "ours us"]
+    return table([*heads, "torch + NCCL us", "times faster"], lines)
+
+
+def launchers(data: Data) -> str:
+    """The same points under mpirun and under torchrun."""
+    point = ("shape", "mode", "ranks", "tokens", "combine", "skew")
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in data.scaling:
+        key = (row["machine"]["device"], *(row[name] for name in point))
+        found.setdefault(key, {})[row["machine"]["launcher"]] = row["ours_us"]
+    off = [
+        abs(by["mpirun"] / by["torchrun"] - 1)
+        for by in found.values()
+        if {"mpirun", "torchrun"} <= set(by)
+    ]
+    if not off:
+        return "No machine has been measured under both launchers yet."
+    within = sum(o <= LAUNCHERS_LIMIT for o in off)
+    return (
+        f"{len(off)} points were measured under both launchers on one machine: {within} differ by "
+        f"at most {LAUNCHERS_LIMIT:.0%}, the median by {statistics.median(off):.1%}, the largest "
+        f"by {max(off):.1%}."
+    )
+
+
+# The forecast, and its check
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One measured point beside its forecast."""
+
+    row: Row
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds * 1e6 / float(self.row["ours_us"])
+
+    @property
+    def within(self) -> bool:
+        return abs(self.ratio - 1) <= CHECK_LIMIT
+
+
+def checked(data: Data) -> list[Checked]:
+    """Every measured point of a GPU whose kernels' tiles are known, up to two ranks."""
+    found = []
+    for row in data.scaling:
+        tiles = next((t for name, t in TILES.items() if name in row["machine"]["device"]), None)
+        if tiles is None or row["ranks"] > 2 or row["machine"]["kernels"] == "portable":
+            continue
+        case = Case(row["shape"], row["mode"], row["tokens"], row["combine"], row["skew"])
+        shape = case.shape(row["ranks"])
+        load = expected_load(shape, case.skew)
+        phases = forecast(shape, load, case.combine, row["ceilings"], tiles)
+        found.append(Checked(row, sum(phases.values())))
+    return found
+
+
+def forecast_check(data: Data) -> str:
+    found = checked(data)
+    if not found:
+        return "Nothing to hold the forecast to yet: no result file of csrc's kernels on a GPU."
+    lines = []
+    for ranks in values((c.row for c in found), "ranks"):
+        for model in ["all", *values((c.row for c in found), "shape")]:
+            mine = [
+                c
+                for c in found
+                if c.row["ranks"] == ranks
+                and model in ("all", c.row["shape"])
+                and c.row["tokens_per_rank"] >= CHECKED_FROM
+            ]
+            if mine:
+                within = sum(c.within for c in mine) / len(mine)
+                spread = sorted(c.ratio for c in mine)
+                lines.append(
+                    [
+                        ranks, model, len(mine), f"{within:.0%}", ratio(statistics.median(spread)),
+                        ratio(spread[0]), ratio(spread[-1]),
+                    ]
+                )  # fmt: skip
+    heads = ["ranks", "shape", "points", f"within {CHECK_LIMIT:.0%}", "median", "lowest", "highest"]
+    summary = table(heads, lines, left=2)
+
+    points = []
+    for c in sorted(found, key=lambda c: [c.row[k] for k in ("shape", "mode", "ranks", "tokens")]):
+        r = c.row
+        if r["skew"] == 1 and r["combine"] == "exact":
+            points.append(
+                [
+                    r["shape"], r["mode"], r["ranks"], r["tokens"], us(r["ours_us"]),
+                    us(c.seconds * 1e6), ratio(c.ratio), "yes" if c.within else "no",
+                ]
+            )  # fmt: skip
+    heads = ["shape", "scaling", "ranks", "tokens", "measured us", "forecast us", "ratio", "within"]
+    return (
+        f"Forecast over measured, points with at least {CHECKED_FROM} tokens a rank, every skew "
+        f"and both combine modes:\n\n{summary}\n\nEven routing, `exact`:\n\n"
+        f"{table(heads, points, left=2)}"
+    )
+
+
+def deployed(model: str, tokens: int, ranks: int) -> LayerShape:
+    """The model's experts over so many ranks. Where they do not divide, some are held twice."""
+    experts = -(-MODELS[model].num_experts // ranks) * ranks
+    return MODELS[model].layer(experts, tokens, ranks)
+
+
+def forecast_us(machine: str, shape: LayerShape, combine: str) -> float:
+    phases = forecast(shape, expected_load(shape), combine, KNOWN[machine], TILES[machine])
+    return sum(phases.values()) * 1e6
+
+
+def forecast_table(data: Data) -> str:
+    parts = []
+    for machine in KNOWN:
+        lines = [
+            [
+                model,
+                tokens,
+                *(
+                    us(forecast_us(machine, deployed(model, tokens, ranks), "fast"))
+                    for ranks in FORECAST_RANKS
+                ),
+            ]
+            for model in FORECAST_MODELS
+            for tokens in FORECAST_TOKENS
+        ]
+        heads = ["model", "tokens a rank", *(f"EP {ranks} us" for ranks in FORECAST_RANKS)]
+        parts.append(f"{machine}, `fast`, every point a forecast:\n\n{table(heads, lines)}")
+    return "\n\n".join(parts)
+
+
+def gemms(data: Data) -> str:
+    rows = data.rows("grouped_gemm")
+    if not rows:
+        return NOTHING
+    lines = []
+    for r in sorted(rows, key=lambda r: (r["shape"], r.get("skew", 1.0), r["tokens_per_rank"])):
+        floor = max(r["weight_floor_us"], r["flop_floor_us"])
+        rival = r.get("torch_grouped_mm_us")
+        lines.append(
+            [
+                r["shape"], f"{r.get('skew', 1.0):g}", r["tokens_per_rank"], r["rows"], us(floor),
+                us(r["ours_us"]), ratio(r["ours_us"] / floor), us(rival),
+                ratio(rival and rival / r["ours_us"]),
+            ]
+        )  # fmt: skip
+    heads = ["shape", "skew", "tokens a rank", "rows", "floor us", "ours us", "ours / floor"]
+    return table([*heads, "torch._grouped_mm us", "times faster"], lines)
+
+
+# Plots
+
+
+def figure(width: float, height: float) -> Figure:
+    found = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(found)
+    return found
+
+
+def panels(shown: Figure, rows: int, columns: int) -> list[Any]:
+    return [shown.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+
+
+def ticks(axes: Any, at: Sequence[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, [f"{x:g}" for x in at])
+    axes.minorticks_off()
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+
+
+def latency_plot(data: Data) -> Figure | None:
+    rows = of(data.scaling, mode="weak", skew=1.0)
+    models = [m for m in MODELS if m in values(rows, "shape")]
+    if not models:
+        return None
+    shown = figure(4.2 * len(models), 4.4)
+    for axes, model in zip(panels(shown, 1, len(models)), models, strict=True):
+        mine = of(rows, shape=model)
+        for number, ranks in enumerate(values(mine, "ranks")):
+            for combine, style in (("exact", "-"), ("fast", "--")):
+                line = {r["tokens"]: r["ours_us"] for r in of(mine, ranks=ranks, combine=combine)}
+                x = sorted(line)
+                axes.plot(
+                    x, [line[t] for t in x], style, marker=SLOTS[combine], ms=4,
+                    color=COLOURS[number % len(COLOURS)], label=f"EP{ranks} {combine}",
+                )  # fmt: skip
+        floors = {r["tokens"]: r["floor_us"] for r in of(mine, ranks=min(values(mine, "ranks")))}
+        x = sorted(floors)
+        axes.plot(x, [floors[t] for t in x], ":", color="black", label="floor")
+        others = [r for r in data.rows("layer", shape=model, skew=1.0) if r.get("torch_nccl_us")]
+        if others:
+            line = {r["tokens_per_rank"]: r["torch_nccl_us"] for r in others}
+            axes.plot(
+                sorted(line), [line[t] for t in sorted(line)], "-", marker="x", ms=5,
+                color="#888888", label="torch + NCCL, bf16",
+            )  # fmt: skip
+        ticks(axes, values(mine, "tokens"))
+        axes.set(title=model, xlabel="tokens a rank", ylabel="latency, us")
+        axes.legend(fontsize=8)
+    return shown
+
+
+def scaling_plot(data: Data) -> Figure | None:
+    """Latency over ranks: weak and strong."""
+    rows = of(data.scaling, skew=1.0, combine="exact")
+    models = [m for m in MODELS if m in values(rows, "shape")]
+    if not models or len(values(rows, "ranks")) < 2:
+        return None
+    shown = figure(4.2 * len(models), 7.6)
+    axes_of = panels(shown, 2, len(models))
+    for row, mode in enumerate(("weak", "strong")):
+        for column, model in enumerate(models):
+            axes = axes_of[row * len(models) + column]
+            mine = of(rows, shape=model, mode=mode)
+            for number, tokens in enumerate(values(mine, "tokens")):
+                line = {r["ranks"]: r["ours_us"] for r in of(mine, tokens=tokens)}
+                axes.plot(
+                    sorted(line), [line[w] for w in sorted(line)], "-o", ms=4,
+                    color=COLOURS[number % len(COLOURS)], label=f"{tokens} tokens",
+                )  # fmt: skip
+            ticks(axes, values(rows, "ranks"))
+            what = "a rank's load fixed" if mode == "weak" else "the model and its tokens fixed"
+            axes.set(title=f"{model}: {what}", xlabel="ranks", ylabel="latency, us")
+            if mine:
+                axes.legend(fontsize=8)
+    return shown
+
+
+def check_plot(data: Data) -> Figure | None:
+    found = checked(data)
+    if not found:
+        return None
+    shown = figure(8.4, 4.6)
+    (axes,) = panels(shown, 1, 1)
+    models = [m for m in MODELS if m in values((c.row for c in found), "shape")]
+    x = values((c.row for c in found), "tokens_per_rank")
+    axes.axhspan(1 - CHECK_LIMIT, 1 + CHECK_LIMIT, color="#2e8b57", alpha=0.15, lw=0)
+    axes.axhline(1, color="black", lw=0.8)
+    for number, model in enumerate(models):
+        for ranks, marker in ((1, "o"), (2, "^")):
+            mine = [c for c in found if c.row["shape"] == model and c.row["ranks"] == ranks]
+            if mine:
+                # Side by side, so that the shapes do not hide one another.
+                shift = 2 ** (0.18 * (number - (len(models) - 1) / 2))
+                axes.plot(
+                    [c.row["tokens_per_rank"] * shift for c in mine], [c.ratio for c in mine],
+                    marker, ms=4, alpha=0.6, color=COLOURS[number % len(COLOURS)],
+                    label=f"{model}, EP{ranks}", mew=0,
+                )  # fmt: skip
+    ticks(axes, x)
+    axes.set_yscale("linear")
+    axes.set(xlabel="tokens a rank", ylabel="forecast / measured")
+    axes.legend(fontsize=8)
+    return shown
+
+
+def forecast_plot(machine: str) -> Callable[[Data], Figure]:
+    def plot(data: Data) -> Figure:
+        shown = figure(10.5, 8.2)
+        shown.suptitle(f"{machine}: the model's experts over EP ranks, combine fast")
+        measured = [
+            r
+            for r in of(data.scaling, mode="strong", skew=1.0, combine="fast")
+            if machine in r["machine"]["device"] and r["machine"]["kernels"] != "portable"
+        ]
+        for axes, model in zip(panels(shown, 2, 2), FORECAST_MODELS, strict=True):
+            for number, tokens in enumerate(FORECAST_TOKENS):
+                colour = COLOURS[number]
+                y = [
+                    forecast_us(machine, deployed(model, tokens, ranks), "fast")
+                    for ranks in FORECAST_RANKS
+                ]
+                axes.plot(
+                    FORECAST_RANKS, y, "--o", mfc="white", color=colour, ms=5,
+                    label=f"{tokens} token{'s' if tokens > 1 else ''} a rank",
+                )  # fmt: skip
+                floors = [
+                    layer_floor(shape, expected_load(shape), KNOWN[machine]).seconds * 1e6
+                    for shape in (deployed(model, tokens, ranks) for ranks in FORECAST_RANKS)
+                ]
+                axes.plot(FORECAST_RANKS, floors, ":", color=colour, lw=0.9)
+                points = of(measured, shape=model, tokens_per_rank=tokens)
+                axes.plot(
+                    [r["ranks"] for r in points], [r["ours_us"] for r in points], "o",
+                    color=colour, ms=6,
+                )  # fmt: skip
+            if machine == "H200":
+                axes.axvline(KNOWN[machine].domain * math.sqrt(2), color="#888888", lw=0.8)
+            ticks(axes, [*values(of(measured, shape=model), "ranks"), *FORECAST_RANKS])
+            axes.set(title=model, xlabel="EP ranks", ylabel="latency, us")
+        axes.legend(fontsize=8)
+        return shown
+
+    return plot
+
+
+TABLES: dict[str, Callable[[Data], str]] = {
+    "sources": sources,
+    "ceilings": ceilings,
+    "latency": latency,
+    "phases": phases,
+    "skew": skew,
+    "strong": strong,
+    "rivals": rivals,
+    "gemms": gemms,
+    "launchers": launchers,
+    "forecast-check": forecast_check,
+    "forecast": forecast_table,
+}
+PICTURES: dict[str, tuple[str, Callable[[Data], Figure | None]]] = {
+    "latency-plot": ("Latency over tokens, with the floor", latency_plot),
+    "scaling-plot": ("Latency over ranks", scaling_plot),
+    "forecast-check-plot": ("Forecast over measured", check_plot),
+    **{
+        f"forecast-plot-{name.lower()}": (f"Forecast for {name}", forecast_plot(name))
+        for name in KNOWN
+    },
+}
+SECTION = re.compile(r"<!-- report:(?!end)([\w-]+) -->\n.*?<!-- report:end -->", re.S)
+
+
+def render(text: str, data: Data, draw: Callable[[str, Figure], None]) -> str:
+    """The document with its sections made anew; ``draw`` takes each picture by its file name.
+
+    Raises:
+        KeyError: a section of the document is none that is known here.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in TABLES:
+            body = TABLES[name](data)
+        else:
+            caption, plot = PICTURES[name]
+            shown = plot(data)
+            body = NOTHING
+            if shown is not None:
+                draw(f"{name}.png", shown)
+                body = f"![{caption}]({PLOTS}/{name}.png)"
+        return f"<!-- report:{name} -->\n\n{body}\n\n<!-- report:end -->"
+
+    return SECTION.sub(section, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--check", action="store_true", help="write nothing; compare the text")
+    arguments = parser.parse_args()
+    document: Path = arguments.document
+
+    def draw(name: str, shown: Figure) -> None:
+        if not arguments.check:
+            folder = document.parent / PLOTS
+            folder.mkdir(exist_ok=True)
+            # No version of matplotlib in it: the same data give the same bytes.
+            shown.savefig(folder / name, dpi=110, metadata={"Software": None})
+
+    before = document.read_text()
+    after = render(before, Data.read(arguments.results), draw)
+    if arguments.check:
+        return int(before != after)
+    if before != after:
+        document.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
