@@ -1,0 +1,146 @@
+"""csrc's grouped GEMMs for Hopper: launched on the current stream, waited for by nobody.
+
+Same arguments as in ``portable``, and its results but for the order of fp32 additions. A row's bits
+depend on that row and on its expert's weights alone, and are the same at every run. Nothing here
+allocates or waits for the device, so calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megamoe_ep.errors import ArgumentError
+from megamoe_ep.kernels import library
+from megamoe_ep.weights import KernelWeights
+
+MAX_EXPERTS = 2048  # their offsets lie in shared memory
+_ALIGNMENT = 16  # bytes; TMA takes addresses and copies of no less
+
+
+def l1(
+    rows: torch.Tensor,
+    row_scales: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    weights: KernelWeights,
+    alpha: torch.Tensor,
+    *,
+    input_scale: torch.Tensor | None,
+    clamp: float | None,
+    out: torch.Tensor,
+) -> None:
+    """See ``portable.l1``.
+
+    Raises:
+        ArgumentError: ``weights`` are not L1's in layout "sm90", or a tensor has another dtype,
+            shape, device or alignment than said there.
+        LibraryError: csrc's library is missing or stale.
+    """
+    _check_weights(weights, gated=True)
+    device, experts = weights.codes.device, weights.num_experts
+    r = rows.shape[0]
+    _check(rows, "rows", torch.bfloat16, (r, weights.k), device)
+    _check(row_scales, "row_scales", torch.float32, (r,), device)
+    _check(expert_offsets, "expert_offsets", torch.int32, (experts + 1,), device)
+    _check(alpha, "alpha", torch.float32, (experts, 2), device)
+    if input_scale is not None:
+        _check(input_scale, "input_scale", torch.float32, (experts,), device)
+    _check(out, "out", torch.bfloat16, (r, weights.n // 2), device)
+    if r == 0:
+        return
+    library.load().gemm_sm90_l1(
+        rows.data_ptr(),
+        row_scales.data_ptr(),
+        expert_offsets.data_ptr(),
+        weights.codes.data_ptr(),
+        alpha.data_ptr(),
+        0 if input_scale is None else input_scale.data_ptr(),
+        math.inf if clamp is None else clamp,
+        out.data_ptr(),
+        r,
+        experts,
+        weights.n,
+        weights.k,
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def l2(
+    h: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    weights: KernelWeights,
+    alpha: torch.Tensor,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """See ``portable.l2``.
+
+    ``expert_offsets`` may be read, and ``weights`` are, before the kernel ahead in the stream has
+    ended if that is ``l1``.
+
+    Raises:
+        ArgumentError: ``weights`` are not L2's in layout "sm90", or a tensor has another dtype,
+            shape, device or alignment than said there.
+        LibraryError: csrc's library is missing or stale.
+    """
+    _check_weights(weights, gated=False)
+    device, experts = weights.codes.device, weights.num_experts
+    r = h.shape[0]
+    _check(h, "h", torch.bfloat16, (r, weights.k), device)
+    _check(expert_offsets, "expert_offsets", torch.int32, (experts + 1,), device)
+    _check(alpha, "alpha", torch.float32, (experts,), device)
+    _check(out, "out", torch.bfloat16, (r, weights.n), device)
+    if r == 0:
+        return
+    library.load().gemm_sm90_l2(
+        h.data_ptr(),
+        expert_offsets.data_ptr(),
+        weights.codes.data_ptr(),
+        alpha.data_ptr(),
+        out.data_ptr(),
+        r,
+        experts,
+        weights.n,
+        weights.k,
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def _check_weights(weights: KernelWeights, *, gated: bool) -> None:
+    if weights.layout != "sm90" or weights.gated != gated:
+        which = {True: "L1's", False: "L2's"}
+        raise ArgumentError(
+            f"weights must be {which[gated]} in layout 'sm90'; got {which[weights.gated]} in "
+            f"{weights.layout!r}. Make them with transform_weights_for_nvfp4_mega_moe()."
+        )
+    if weights.codes.device.type != "cuda":
+        raise ArgumentError(f"weights must be on a GPU; got {weights.codes.device}.")
+    if weights.num_experts > MAX_EXPERTS:
+        raise ArgumentError(
+            f"weights must be of at most {MAX_EXPERTS} experts on one rank; got "
+            f"{weights.num_experts}. Use more ranks."
+        )
+
+
+def _check(
+    tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...],
+    device: torch.device,
+) -> None:  # fmt: skip
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
+        raise ArgumentError(
+            f"{name} must be {dtype} {list(shape)} on {device}; got {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}."
+        )
+    if not tensor.is_contiguous():
+        raise ArgumentError(
+            f"{name} must be contiguous; got strides {list(tensor.stride())} for shape "
+            f"{list(tensor.shape)}. Call .contiguous() on it."
+        )
+    if dtype == torch.bfloat16 and tensor.data_ptr() % _ALIGNMENT:
+        raise ArgumentError(
+            f"{name} must start at a multiple of {_ALIGNMENT} bytes; got a view that starts at "
+            f"{tensor.data_ptr() % _ALIGNMENT} bytes past one. Call .clone() on it."
+        )
