@@ -50,12 +50,12 @@ enter_environment() {
   if [[ -f $stamp && $(< "$stamp") == "$key" ]]; then
     return
   fi
-  if ! python -c 'import torch' 2> /dev/null; then
+  if ! python -m pip show --quiet torch 2> /dev/null; then
     local options=()
     if ! has_gpu; then
-      # PyPI's torch for Linux brings gigabytes of CUDA; where this index is out of reach pip goes on
-      # without it.
-      options+=(--extra-index-url https://download.pytorch.org/whl/cpu)
+      # PyPI's torch for Linux brings gigabytes of CUDA. Out of reach of this index pip goes on
+      # without it, after a warning. What torch needs is left to the line below.
+      options+=(--extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --no-deps)
     fi
     python -m pip install --quiet "${options[@]}" "torch==$torch_version"
   fi
