@@ -10,7 +10,6 @@ written by hand and left alone. Running it again changes nothing.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import statistics
 import sys
@@ -510,6 +509,9 @@ def forecast_plot(machine: str) -> Callable[[Data], Figure]:
             for r in of(data.scaling, mode="strong", skew=1.0, combine="fast")
             if machine in r["machine"]["device"] and r["machine"]["kernels"] != "portable"
         ]
+        places = sorted({*FORECAST_RANKS, *values(measured, "ranks")})
+        at = {ranks: float(i) for i, ranks in enumerate(places)}  # evenly: 64 is next to 72
+        x = [at[ranks] for ranks in FORECAST_RANKS]
         for axes, model in zip(panels(shown, 2, 2), FORECAST_MODELS, strict=True):
             for number, tokens in enumerate(FORECAST_TOKENS):
                 colour = COLOURS[number]
@@ -518,24 +520,27 @@ def forecast_plot(machine: str) -> Callable[[Data], Figure]:
                     for ranks in FORECAST_RANKS
                 ]
                 axes.plot(
-                    FORECAST_RANKS, y, "--o", mfc="white", color=colour, ms=5,
+                    x, y, "--o", mfc="white", color=colour, ms=5,
                     label=f"{tokens} token{'s' if tokens > 1 else ''} a rank",
                 )  # fmt: skip
                 floors = [
                     layer_floor(shape, expected_load(shape), KNOWN[machine]).seconds * 1e6
                     for shape in (deployed(model, tokens, ranks) for ranks in FORECAST_RANKS)
                 ]
-                axes.plot(FORECAST_RANKS, floors, ":", color=colour, lw=0.9)
+                axes.plot(x, floors, ":", color=colour, lw=0.9)
                 points = of(measured, shape=model, tokens_per_rank=tokens)
                 axes.plot(
-                    [r["ranks"] for r in points], [r["ours_us"] for r in points], "o",
+                    [at[r["ranks"]] for r in points], [r["ours_us"] for r in points], "o",
                     color=colour, ms=6,
                 )  # fmt: skip
-            if machine == "H200":
-                axes.axvline(KNOWN[machine].domain * math.sqrt(2), color="#888888", lw=0.8)
-            ticks(axes, [*values(of(measured, shape=model), "ranks"), *FORECAST_RANKS])
+            if KNOWN[machine].domain in at and KNOWN[machine].domain < max(places):
+                axes.axvline(at[KNOWN[machine].domain] + 0.5, color="#888888", lw=0.8)
+            axes.set_xticks([*at.values()], [f"{ranks}" for ranks in places])
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3, which="both")
             axes.set(title=model, xlabel="EP ranks", ylabel="latency, us")
-        axes.legend(fontsize=8)
+        handles, labels = axes.get_legend_handles_labels()
+        shown.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
         return shown
 
     return plot
