@@ -82,7 +82,7 @@ def measure(
     y = torch.empty_like(tokens.x)
     with SymmBuffer(group, shape, device=meter.device, timeout_s=30, comm_sms=comm_sms) as buffer:
         calls_of = layer_steps(buffer, tokens, weights, y, case.combine)
-        total_us, phases_us = phase_times_us(meter, calls_of)
+        total_us, phases_us = phase_times_us(meter, calls_of, graphs=True)
         kernels_us = kernel_times_us(lambda: [call() for call in calls_of.values()])
         buffer.check()
     load = Load.of(shape, group.all_gather_object(tokens.topk_idx.cpu()))

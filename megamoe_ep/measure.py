@@ -65,6 +65,25 @@ MODELS = {
 }
 
 
+def model_shape(text: str) -> ModelShape:
+    """One of ``MODELS`` by its name, or sizes as HIDDEN/INTERMEDIATE/EXPERTS/TOP_K, with the
+    experts of one rank.
+
+    Raises:
+        ArgumentError: ``text`` is neither.
+    """
+    if text in MODELS:
+        return MODELS[text]
+    parts = text.split("/")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ArgumentError(
+            f"a shape must be one of {', '.join(MODELS)}, or HIDDEN/INTERMEDIATE/EXPERTS/TOP_K; "
+            f"got {text!r}."
+        )
+    hidden, intermediate, experts, top_k = map(int, parts)
+    return ModelShape(experts, top_k, hidden, intermediate, experts)
+
+
 # Ranks that measure together
 
 
@@ -120,11 +139,6 @@ class Meter:
         if self._gpu:
             return torch.cuda.get_device_name(self.device)
         return platform.processor() or platform.machine()
-
-    @property
-    def graphs(self) -> bool:
-        """Whether calls of the layer can be captured: not with the portable kernels."""
-        return weight_layout(self.device) != "portable"
 
     def meet(self) -> None:
         self._flush.add_(1)
@@ -284,12 +298,12 @@ def layer_steps(
 
 
 def phase_times_us(
-    meter: Meter, calls_of: dict[str, Call], calls: int = CALLS
+    meter: Meter, calls_of: dict[str, Call], calls: int = CALLS, *, graphs: bool
 ) -> tuple[float, dict[str, float]]:
     """Latency of all phases in one call, and of each.
 
-    With CUDA graphs a phase is the difference between the graph that ends with it and the one that
-    ends before it; else it is measured on its own within the call.
+    With ``graphs`` a call is a CUDA graph, and a phase the difference between the graph that ends
+    with it and the one that ends before it; else it is measured on its own within the call.
     """
     names = list(calls_of)
 
@@ -297,7 +311,7 @@ def phase_times_us(
         for name in names[:until]:
             calls_of[name]()
 
-    if meter.graphs:
+    if graphs:
         ends = []
         for until in range(1, len(names) + 1):
             # The ranks meet between calls, so a call may end before its combine.
@@ -330,7 +344,8 @@ class Case:
     """One point of a curve.
 
     weak: ``tokens`` on every rank, and ``rank_experts`` experts; strong: ``tokens`` on all ranks
-    together, and the model's experts. The skew is the hottest expert's rows over the mean.
+    together, and the model's experts. ``model`` is as in ``model_shape``, the skew the hottest
+    expert's rows over the mean.
     """
 
     model: str
@@ -345,7 +360,7 @@ class Case:
         Raises:
             ArgumentError: the model's experts are not a multiple of the ranks.
         """
-        model = MODELS[self.model]
+        model = model_shape(self.model)
         if self.mode == "weak":
             return model.layer(model.rank_experts * world_size, self.tokens, world_size)
         return model.layer(model.num_experts, max(self.tokens_of(world_size)), world_size)
@@ -382,12 +397,13 @@ def measure_case(
     y = torch.empty_like(tokens.x)
     with SymmBuffer(group, shape, device=meter.device, timeout_s=group.timeout_s) as buffer:
         calls_of = layer_steps(buffer, tokens, weights, y, case.combine)
+        graphs = weights.l1.layout != "portable"  # the portable kernels read the device
         phases: dict[str, float] = {}
         if by_phase:
-            ours_us, phases = phase_times_us(meter, calls_of, calls)
+            ours_us, phases = phase_times_us(meter, calls_of, calls, graphs=graphs)
         else:
             run = lambda: [call() for call in calls_of.values()]  # noqa: E731
-            ours_us = meter.median_us(meter.capture(run) if meter.graphs else run, calls)
+            ours_us = meter.median_us(meter.capture(run) if graphs else run, calls)
         buffer.check()
     load = Load.of(shape, group.all_gather_object(tokens.topk_idx.cpu()))
     return result_row(case, shape, load, ceilings, ours_us, phases), y

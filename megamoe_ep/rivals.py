@@ -42,10 +42,12 @@ class Rival:
         name: what it is, and in which precision.
         make: prepares its weights and returns the call to time; that returns its bf16 [n, H], or
             None where it computes something else.
+        graph: the call can be captured as a CUDA graph.
     """
 
     name: str
     make: Callable[[Setting], Layer]
+    graph: bool = False
 
 
 def installed(device: torch.device, world_size: int) -> list[Rival]:
@@ -60,9 +62,9 @@ def installed(device: torch.device, world_size: int) -> list[Rival]:
         return found
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
     others = (
-        ("deep_gemm", hopper, Rival("DeepGEMM, FP8, its two GEMMs alone", _deep_gemm)),
-        ("flashinfer", True, Rival("FlashInfer cutlass_fused_moe, bf16", _flashinfer)),
-        ("vllm", True, Rival("vLLM Marlin, NVFP4 weights, bf16", _marlin)),
+        ("deep_gemm", hopper, Rival("DeepGEMM, FP8, its two GEMMs alone", _deep_gemm, True)),
+        ("flashinfer", True, Rival("FlashInfer cutlass_fused_moe, bf16", _flashinfer, True)),
+        ("vllm", True, Rival("vLLM Marlin, NVFP4 weights, bf16", _marlin, True)),
     )
     return found + [r for name, serves, r in others if serves and importlib.util.find_spec(name)]
 

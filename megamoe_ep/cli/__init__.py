@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from megamoe_ep.cli.bench import bench
 from megamoe_ep.cli.demo import demo
 from megamoe_ep.cli.doctor import doctor
 
@@ -17,24 +18,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
-
-
-@app.command(
-    # All of it is bench's own to read, which is imported only when it is called for.
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
-    add_help_option=False,
-)
-def bench(context: typer.Context) -> None:
-    """Measures the layer on this machine, against the floors of its bytes and FLOPs."""
-    from megamoe_ep.cli.bench import bench as command
-
-    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    inner.command()(command)
-    inner(args=context.args, prog_name="megamoe-ep bench", standalone_mode=False)
+app.command()(bench)
 
 
 def main() -> None:

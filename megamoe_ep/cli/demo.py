@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast, get_args
 
 import typer
 
-from megamoe_ep.cli.report import bytes_text, console, errors_end_the_command
+from megamoe_ep.cli.report import bytes_text, check_plot, console, errors_end_the_command
 from megamoe_ep.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -117,22 +117,8 @@ class Options:
         if self.device not in (None, "cpu", "cuda"):
             raise ArgumentError(f"--device must be cpu or cuda; got {self.device!r}.")
         if self.plot is not None:
-            self._check_plot(self.plot)
+            check_plot(self.plot)
         return self
-
-    @staticmethod
-    def _check_plot(plot: Path) -> None:
-        if plot.suffix != ".png" or not plot.parent.is_dir():
-            raise ArgumentError(
-                f"--plot must be a file name that ends in .png, in a folder that exists; got "
-                f"'{plot}'."
-            )
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ArgumentError(
-                f"--plot needs matplotlib: pip install 'megamoe_ep[plot]' ({error})."
-            ) from error
 
     def argv(self) -> list[str]:
         """The same again, for a rank."""

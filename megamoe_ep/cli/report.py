@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -27,6 +28,20 @@ def errors_end_the_command(rank: int | None = None) -> Iterator[None]:
         who = "" if rank is None else f"rank {rank}: "
         print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(2 if isinstance(error, ArgumentError) else 1) from error
+
+
+def check_plot(plot: Path) -> None:
+    """Raises ArgumentError unless a picture can be written to ``plot``, as ``--plot`` names it."""
+    if plot.suffix != ".png" or not plot.parent.is_dir():
+        raise ArgumentError(
+            f"--plot must be a file name that ends in .png, in a folder that exists; got '{plot}'."
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ArgumentError(
+            f"--plot needs matplotlib: pip install 'megamoe_ep[plot]' ({error})."
+        ) from error
 
 
 def bytes_text(nbytes: float) -> str:
