@@ -19,13 +19,14 @@ extern "C" int walk(const int* offsets, int experts, int weight_tiles, int block
   for (int block = 0; block < blocks; ++block) {
     sm90::Walk walk(offsets, first_tiles.data(), experts, weight_tiles, block);
     counts[block] = 0;
-    for (sm90::Tile tile; walk.next(blocks, tile); ++counts[block]) {
+    for (; walk.valid(); walk.advance(blocks), ++counts[block]) {
       if (total == room) return -1;
+      const sm90::Tile tile = walk.tile();
       int* to = tiles + 5 * total++;
       to[0] = tile.expert;
       to[1] = tile.first_row;
       to[2] = tile.end_row;
-      to[3] = tile.width;
+      to[3] = walk.width();
       to[4] = tile.weight_tile;
     }
   }
