@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ CHECKED_FROM = 64  # tokens of a rank: below, a call is launches, which have no 
 CHECK_LIMIT = 0.15
 LAUNCHERS_LIMIT = 0.05
 SLOTS = {"exact": "o", "fast": "s"}
-COLOURS = ("#3b6fb6", "#d1495b", "#2e8b57", "#8e6bb0", "#c98a1b")
+COLOURS = ("#3b6fb6", "#d1495b", "#2e8b57", "#8e6bb0", "#c98a1b", "#17a2a2", "#6b4f3a")
+DOTS_PER_INCH = 120
 
 Row = dict[str, Any]
 
@@ -224,23 +225,31 @@ def strong(data: Data) -> str:
 
 
 def rivals(data: Data) -> str:
-    """The layer benchmark: ours and NCCL + torch._grouped_mm in one run."""
-    rows = [r for r in data.rows("layer") if r.get("torch_nccl_us") and r.get("ours_us")]
-    if not rows:
+    """What the layer and bench benchmarks timed beside the layer, in the same run."""
+    timed: list[tuple[Row, str, float]] = []
+    for row in data.rows("layer"):
+        if row.get("torch_nccl_us") and row["ours_us"]:
+            name = "torch" if row["ranks"] == 1 else "torch + NCCL"
+            timed.append((row, f"{name}, bf16", row["torch_nccl_us"]))
+    for row in data.rows("bench"):
+        timed += [(row, name, took) for name, took in row["rivals_us"].items() if took]
+    if not timed:
         return NOTHING
     keys = ("shape", "ranks", "tokens_per_rank", "combine", "skew")
+    timed.sort(key=lambda t: ([t[0][k] for k in keys], t[1]))
     lines = [
         [
             *(f"{r[k]:g}" if isinstance(r[k], float) else r[k] for k in keys),
             us(r["floor_us"]),
             us(r["ours_us"]),
-            us(r["torch_nccl_us"]),
-            f"{r['torch_nccl_us'] / r['ours_us']:.1f}",
+            name,
+            us(took),
+            ratio(took / r["ours_us"]),
         ]
-        for r in sorted(rows, key=lambda r: [r[k] for k in keys])
+        for r, name, took in timed
     ]
     heads = ["shape", "ranks", "tokens a rank", "combine", "skew", "floor us", "ours us"]
-    return table([*heads, "torch + NCCL us", "times faster"], lines)
+    return table([*heads, "beside it", "us", "times ours"], lines)
 
 
 def launchers(data: Data) -> str:
@@ -349,6 +358,7 @@ def deployed(model: str, tokens: int, ranks: int) -> LayerShape:
     return MODELS[model].layer(experts, tokens, ranks)
 
 
+@cache
 def forecast_us(machine: str, shape: LayerShape, combine: str) -> float:
     phases = forecast(shape, expected_load(shape), combine, KNOWN[machine], TILES[machine])
     return sum(phases.values()) * 1e6
@@ -406,6 +416,17 @@ def panels(shown: Figure, rows: int, columns: int) -> list[Any]:
     return [shown.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
 
 
+def legend_below(shown: Figure) -> None:
+    """One legend for all panels: what is drawn in any of them."""
+    found: dict[str, Any] = {}
+    for axes in shown.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    shown.legend(
+        found.values(), found, loc="outside lower center", ncols=min(len(found), 5), fontsize=9
+    )
+
+
 def ticks(axes: Any, at: Sequence[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(at, [f"{x:g}" for x in at])
@@ -419,7 +440,7 @@ def latency_plot(data: Data) -> Figure | None:
     models = [m for m in MODELS if m in values(rows, "shape")]
     if not models:
         return None
-    shown = figure(4.2 * len(models), 4.4)
+    shown = figure(3.6 * len(models), 4.2)
     for axes, model in zip(panels(shown, 1, len(models)), models, strict=True):
         mine = of(rows, shape=model)
         for number, ranks in enumerate(values(mine, "ranks")):
@@ -452,7 +473,7 @@ def scaling_plot(data: Data) -> Figure | None:
     models = [m for m in MODELS if m in values(rows, "shape")]
     if not models or len(values(rows, "ranks")) < 2:
         return None
-    shown = figure(4.2 * len(models), 7.6)
+    shown = figure(3.6 * len(models), 7.4)
     axes_of = panels(shown, 2, len(models))
     for row, mode in enumerate(("weak", "strong")):
         for column, model in enumerate(models):
@@ -462,13 +483,13 @@ def scaling_plot(data: Data) -> Figure | None:
                 line = {r["ranks"]: r["ours_us"] for r in of(mine, tokens=tokens)}
                 axes.plot(
                     sorted(line), [line[w] for w in sorted(line)], "-o", ms=4,
-                    color=COLOURS[number % len(COLOURS)], label=f"{tokens} tokens",
+                    color=COLOURS[number % len(COLOURS)],
+                    label=f"{tokens} token{'s' if tokens > 1 else ''}",
                 )  # fmt: skip
             ticks(axes, values(rows, "ranks"))
-            what = "a rank's load fixed" if mode == "weak" else "the model and its tokens fixed"
+            what = "a rank's load fixed" if mode == "weak" else "all tokens fixed"
             axes.set(title=f"{model}: {what}", xlabel="ranks", ylabel="latency, us")
-            if mine:
-                axes.legend(fontsize=8)
+    legend_below(shown)
     return shown
 
 
@@ -539,8 +560,7 @@ def forecast_plot(machine: str) -> Callable[[Data], Figure]:
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
             axes.set(title=model, xlabel="EP ranks", ylabel="latency, us")
-        handles, labels = axes.get_legend_handles_labels()
-        shown.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+        legend_below(shown)
         return shown
 
     return plot
@@ -594,14 +614,14 @@ def render(text: str, data: Data, draw: Callable[[str, Figure], None]) -> str:
     return SECTION.sub(section, text)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument("--check", action="store_true", help="write nothing; compare the text")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     document: Path = arguments.document
 
     def draw(name: str, shown: Figure) -> None:
@@ -609,7 +629,7 @@ def main() -> int:
             folder = document.parent / PLOTS
             folder.mkdir(exist_ok=True)
             # No version of matplotlib in it: the same data give the same bytes.
-            shown.savefig(folder / name, dpi=110, metadata={"Software": None})
+            shown.savefig(folder / name, dpi=DOTS_PER_INCH, metadata={"Software": None})
 
     before = document.read_text()
     after = render(before, Data.read(arguments.results), draw)
