@@ -92,7 +92,8 @@ def transform_weights_for_nvfp4_mega_moe(
         l2: codes uint8 [L, H, I/2] and block scales float8_e4m3fn [L, H, I/16].
         device: where the layer will run; None: where ``l1``'s codes are.
         layout: None takes the fastest that ``device`` has kernels for. Those of csrc serve sizes
-            that are multiples of 128; others are left "portable", with a warning.
+            that are multiples of ``prepack``'s SIZE_MULTIPLE (128 on Hopper); others are left
+            "portable", with a warning.
 
     Returns:
         Weights of L1 and of L2. In "portable" layout they share memory with the arguments that are
