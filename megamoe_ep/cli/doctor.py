@@ -81,7 +81,7 @@ def doctor(
         if gpus:
             findings.append(_nvshmem(shape.world_size, timeout, needed=chosen == "cuda"))
         findings += [_host_heap(needed=chosen == "cpu"), *_mpi(), _nvcc(), _library(gpus)]
-        findings.append(_memory(shape, chosen))
+        findings += [_memory(shape, chosen), _floor(shape)]
 
     _print(findings)
     missing = [finding.what for finding in findings if finding.needed and finding.state == "no"]
@@ -282,11 +282,10 @@ def _memory(shape: LayerShape, chosen: str) -> Finding:
     import torch
 
     from megamoe_ep.heap.host import available_memory
+    from megamoe_ep.roofline import weight_nbytes
 
     gpus = torch.cuda.device_count()
-    # A weight is half a byte, and a byte of block scale goes with sixteen.
-    matrix = shape.hidden_size * shape.intermediate_size
-    weights = shape.experts_per_rank * 3 * (matrix // 2 + matrix // 16)
+    weights = int(weight_nbytes(shape, shape.experts_per_rank))
     each = shape.symmetric_nbytes + shape.workspace_nbytes + weights
     parts = (
         f"each rank: symmetric heap {bytes_text(shape.symmetric_nbytes)} "
@@ -307,3 +306,21 @@ def _memory(shape: LayerShape, chosen: str) -> Finding:
     fits = wanted <= free
     text = f"{parts}; {where}" + ("" if fits else ": too little; lower --tokens")
     return Finding("layer", "ok" if fits else "no", text, needed=True)
+
+
+def _floor(shape: LayerShape) -> Finding:
+    """What no call of the layer can be faster than: on this GPU or, if it is not known, an H200."""
+    import torch
+
+    from megamoe_ep.forecast import expected_load
+    from megamoe_ep.roofline import KNOWN, known_ceilings, layer_floor
+
+    here = known_ceilings(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    ceilings = here or KNOWN["H200"]
+    floor = layer_floor(shape, expected_load(shape), ceilings)
+    text = (
+        f"with {shape.max_num_tokens} token(s) of each rank, evenly routed, a call takes at least "
+        f"{floor.seconds * 1e6:.3g} us on {ceilings.name}s: weights {floor.weights_s * 1e6:.3g} "
+        f"us, FLOPs {floor.flops_s * 1e6:.3g} us"
+    )
+    return Finding("floor", "note" if here is None else "ok", text)

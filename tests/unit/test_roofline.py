@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megamoe_ep.cli.doctor import _floor
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.measure import MODELS
 from megamoe_ep.roofline import (
@@ -137,6 +138,14 @@ def test_known_machines():
             for v in vars(ceilings).values()
             if v != ceilings.name and not isinstance(v, str)
         )
+
+
+def test_doctor_tells_the_floor(monkeypatch):
+    finding = _floor(MODELS["dsv3"].layer(256, 64, 8))
+    assert "at least 193 us on H200s: weights 193 us, FLOPs 62.6 us" in finding.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    assert "on B200s" in _floor(MODELS["dsv3"].layer(256, 64, 8)).text
 
 
 def test_bad_arguments_are_named():
