@@ -14,6 +14,7 @@ from megamoe_ep.errors import ArgumentError
 ActivationFormat = Literal["nvfp4", "bf16"]
 
 MAX_RANKS = 256  # the abort record names ranks in a mask of four 64-bit words
+MAX_EXPERTS = 65536  # csrc/comm/offsets.cuh: an expert's rank in one multiplication
 MAX_TOP_K = 32  # one lane of a warp per slot
 MAX_DIMENSION = 65536  # portable.exact_matmul: every partial sum stays below 2**53
 REGION_ALIGNMENT = 256  # bytes; a region starts on a fresh pair of cache lines
@@ -72,6 +73,10 @@ class LayerShape:
         if self.world_size > MAX_RANKS:
             raise ArgumentError(
                 f"group must have at most {MAX_RANKS} ranks; got {self.world_size}."
+            )
+        if self.num_experts > MAX_EXPERTS:
+            raise ArgumentError(
+                f"num_experts must be at most {MAX_EXPERTS}; got {self.num_experts}."
             )
         if self.num_experts % self.world_size:
             raise ArgumentError(

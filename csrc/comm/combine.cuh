@@ -65,11 +65,11 @@ struct Sum {
   }
 };
 
-// Adds the rows of `slots`, lowest first, to this lane's share; lane k holds the address and the
-// weight of slot k's row. kRows of them are in flight at a time. One warp.
+// Adds the rows of `slots`, lowest first, to this lane's share; lane k holds the number of slot k's
+// row among those at `rows`, and its weight. kRows of them are in flight at a time. One warp.
 template <bool kWeighted, int kPieces, int kRows>
-__device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, int64_t row, float weight,
-                                                 int first, int pieces) {
+__device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, const char* rows, int row,
+                                                 float weight, int first, int pieces) {
   Sum<kPieces> sum;
   for (uint32_t left = slots; left;) {
     uint4 piece[kRows][kPieces] = {};
@@ -82,7 +82,7 @@ __device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, int64_t row, fl
       left &= left - 1;
       const int64_t from = __shfl_sync(~0u, row, slot);
       weights[i] = kWeighted ? __shfl_sync(~0u, weight, slot) : 0.f;
-      Sum<kPieces>::load(View::local<const char>(from), first, pieces, piece[i]);
+      Sum<kPieces>::load(rows + from * pieces * 16, first, pieces, piece[i]);
     }
     const int count = population(these) - population(left);
 #pragma unroll
@@ -96,14 +96,13 @@ __device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, int64_t row, fl
 // How a warp walks over its share of the tokens' rows. Many tokens: a warp takes whole rows. Few:
 // as many warps share a row as there are for it.
 struct Shares {
-  int64_t units;  // shares of all tokens
-  int of_row;     // shares of one row
+  int units;   // shares of all tokens
+  int of_row;  // shares of one row
 
   __device__ __forceinline__ Shares(int tokens, int parts) {
-    const int64_t warps = warps_of_grid();
-    of_row = tokens >= warps ? 1 : static_cast<int>(min(warps / max(tokens, 1),
-                                                        static_cast<int64_t>(parts)));
-    units = static_cast<int64_t>(tokens) * of_row;
+    const int warps = static_cast<int>(warps_of_grid());
+    of_row = max(min(warps / max(tokens, 1), parts), 1);
+    units = tokens * of_row;
   }
 };
 
@@ -113,13 +112,11 @@ __device__ __forceinline__ uint32_t distinct_owners(int owner, int lane) {
   return __ballot_sync(~0u, owner >= 0 && (same & lanes_below(lane)) == 0);
 }
 
-// Raises the combine flag at every rank once all blocks have stored their rows.
-__device__ __forceinline__ void raise_combine_flags(const View& v, uint32_t rows,
+// Raises the flag of `call` at every rank once all blocks have stored their rows.
+__device__ __forceinline__ void raise_combine_flags(const View& v, uint64_t call, uint32_t rows,
                                                     uint32_t* blocks_before) {
   if (!last_block_to_finish(v, kCombineDone, blocks_before)) return;
-  fence_sys();
   const int64_t* peers = View::local<const int64_t>(v.peers);
-  const uint64_t call = current_call(v);
   for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
     store_release_sys(View::at<uint64_t>(peers[r], v.combine_flags) + v.rank,
                       make_flag(call, rows));
@@ -132,6 +129,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ int shared[];
   let_next_kernel_start();
   wait_for_previous_kernel();
+  const uint64_t call = current_call(v);
+  const int64_t rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
   if (call_failed(v)) return;
 
   const int lane = threadIdx.x % 32;
@@ -139,7 +138,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int max_tokens = static_cast<int>(v.max_tokens);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int parts = (row_bytes + kPart - 1) / kPart;
-  const int64_t rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
   const int64_t units = rows * parts;
   const int64_t step = warps_of_grid();
   const int64_t* peers = View::local<const int64_t>(v.peers);
@@ -162,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                min(row_bytes, (part + 1) * kPart), lane, [&](auto&& store) { store(there); });
     }
   }
-  raise_combine_flags(v, static_cast<uint32_t>(rows), reinterpret_cast<uint32_t*>(shared));
+  raise_combine_flags(v, call, static_cast<uint32_t>(rows), reinterpret_cast<uint32_t*>(shared));
 }
 
 template <int kPieces, int kRows>
@@ -175,9 +173,11 @@ __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
   const Shares shares(prefix[ranks], parts);
   const int64_t* peers = View::local<const int64_t>(v.peers);
+  const char* rows = View::local<const char>(v.rows);
 
-  for (int64_t unit = warp_of_grid(); unit < shares.units; unit += warps_of_grid()) {
-    const Received r = received_token(prefix, ranks, static_cast<int>(unit / shares.of_row));
+  const int step = static_cast<int>(warps_of_grid());
+  for (int unit = static_cast<int>(warp_of_grid()); unit < shares.units; unit += step) {
+    const Received r = received_token(prefix, ranks, unit / shares.of_row);
     const int64_t block = r.source * v.max_tokens + r.index;
     int row = -1;
     int owner = -1;
@@ -192,12 +192,12 @@ __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
     const int64_t token = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + block));
     const int ordinal = population(distinct_owners(owner < v.rank ? owner : -1, lane));
     const uint32_t slots = __ballot_sync(~0u, row >= 0);
-    const int64_t from = v.rows + static_cast<int64_t>(row) * row_bytes;
     char* to = View::at<char>(peers[r.source], v.home_rows) +
                home_row(token, top_k, ordinal) * row_bytes;
-    for (int part = static_cast<int>(unit % shares.of_row); part < parts; part += shares.of_row) {
+    for (int part = unit % shares.of_row; part < parts; part += shares.of_row) {
       const int first = part * 32 * kPieces + lane;
-      add_rows<true, kPieces, kRows>(slots, from, weight, first, pieces).store(to, first, pieces);
+      add_rows<true, kPieces, kRows>(slots, rows, row, weight, first, pieces)
+          .store(to, first, pieces);
     }
   }
 }
@@ -209,16 +209,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   int* prefix = shared;
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if (call_failed(v)) return;
+  const uint64_t call = current_call(v);
   read_counts(v, v.dispatch_flags, prefix);
+  if (call_failed(v)) return;
   sum_up(prefix, ranks);
-
-  if (prefix[ranks] >= warps_of_grid()) {
-    send_sums<2, 2>(v, prefix);
-  } else {
-    send_sums<1, 4>(v, prefix);
-  }
-  raise_combine_flags(v, static_cast<uint32_t>(prefix[ranks]),
+  send_sums<2, 3>(v, prefix);
+  raise_combine_flags(v, call, static_cast<uint32_t>(prefix[ranks]),
                       reinterpret_cast<uint32_t*>(prefix + ranks + 1));
 }
 
@@ -230,8 +226,10 @@ __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
   const int pieces = row_bytes / 16;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
   const Shares shares(n, parts);
+  const char* home_rows = v.mine<const char>(v.home_rows);
 
-  for (int64_t unit = warp_of_grid(); unit < shares.units; unit += warps_of_grid()) {
+  const int step = static_cast<int>(warps_of_grid());
+  for (int unit = static_cast<int>(warp_of_grid()); unit < shares.units; unit += step) {
     const int64_t token = unit / shares.of_row;
     int owner = -1;
     float weight = 0.f;
@@ -246,10 +244,10 @@ __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
       const int owners = population(distinct_owners(owner, lane));
       rows = owners == 32 ? ~0u : lanes_below(owners);
     }
-    const int64_t from = v.memory + v.home_rows + home_row(token, top_k, lane) * row_bytes;
-    for (int part = static_cast<int>(unit % shares.of_row); part < parts; part += shares.of_row) {
+    const int row = static_cast<int>(home_row(token, top_k, lane));
+    for (int part = unit % shares.of_row; part < parts; part += shares.of_row) {
       const int first = part * 32 * kPieces + lane;
-      add_rows<kExact, kPieces, kRows>(rows, from, weight, first, pieces)
+      add_rows<kExact, kPieces, kRows>(rows, home_rows, row, weight, first, pieces)
           .store(y + token * row_bytes, first, pieces);
     }
   }
@@ -261,9 +259,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ int shared[];
   let_next_kernel_start();
   wait_for_previous_kernel();
+  const uint64_t call = current_call(v);
   const int n = min(num_staged(v), y_rows);
-  const bool ok =
-      !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, current_call(v), shared);
+  const bool ok = !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, call, shared);
   if (!ok) {
     // No part of y may pass for a result.
     const int64_t pieces = n * v.home_bytes() / 16;
@@ -273,11 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return;
   }
-  if (n >= warps_of_grid()) {
-    sum_tokens<kExact, 2, 2>(v, y, n);
-  } else {
-    sum_tokens<kExact, 1, 4>(v, y, n);
-  }
+  sum_tokens<kExact, 2, 3>(v, y, n);
 }
 
 }  // namespace megamoe::comm

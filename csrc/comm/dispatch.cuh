@@ -88,17 +88,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int r = threadIdx.x; r < ranks; r += kThreads) sent[r] = 0;
   let_next_kernel_start();
   wait_for_previous_kernel();
+  const uint64_t call = current_call(v) + 1;
+  const int staged = num_staged(v);
   if (call_failed(v)) return;
 
   const int64_t* peers = View::local<const int64_t>(v.peers);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int32_t* all_ids = v.mine<const int32_t>(v.topk_idx);
-  const uint64_t call = current_call(v) + 1;
-  const Chunk chunk = chunk_of(num_staged(v), gridDim.x, blockIdx.x);
+  const Chunk chunk = chunk_of(staged, gridDim.x, blockIdx.x);
   const int x_bytes = static_cast<int>(v.x_bytes());
   const int sf_bytes = static_cast<int>(v.sf_bytes());
-  const int parts = (x_bytes + kPart - 1) / kPart;
   const int64_t block = v.rank * v.max_tokens;  // this rank's block of a recv_ region, in tokens
 
   count_owners(v, all_ids, chunk.begin, sent);
@@ -113,9 +113,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (warp == 0) place_tokens(v, ids, count, sent, place);
     __syncthreads();
 
-    for (int unit = warp; unit < count * parts; unit += kWarps) {
-      const int t = unit / parts;
-      const int part = unit % parts;
+    // A warp takes a part of a token's row, or what goes with the row. Where warps would stand idle
+    // the parts are smaller.
+    const int part_bytes = count * ((x_bytes + kPart - 1) / kPart) < kWarps ? kPart / 4 : kPart;
+    const int parts = (x_bytes + part_bytes - 1) / part_bytes;
+    for (int unit = warp; unit < count * (parts + 1); unit += kWarps) {
+      const int t = unit / (parts + 1);
+      const int part = unit % (parts + 1);
       const int64_t token = first + t;
       const int id = lane < top_k ? ids[t * top_k + lane] : -1;
       const int there = lane < top_k ? place[t * top_k + lane] : -1;
@@ -133,17 +137,19 @@ __global__ void __launch_bounds__(kThreads, 2)
         };
       };
       // Every lane takes part in the shuffles of to_each, also where its own pieces have run out.
-      copy_row(v.mine<const char>(v.x) + token * x_bytes, x_bytes, part * kPart,
-               min(x_bytes, (part + 1) * kPart), lane, to_each(v.recv_x, x_bytes));
-      if (part != 0) continue;
-      if (sf_bytes) {
-        copy_row(v.mine<const char>(v.x_sf) + token * sf_bytes, sf_bytes, 0, sf_bytes, lane,
-                 to_each(v.recv_x_sf, sf_bytes));
+      if (part < parts) {
+        copy_row(v.mine<const char>(v.x) + token * x_bytes, x_bytes, part * part_bytes,
+                 min(x_bytes, (part + 1) * part_bytes), lane, to_each(v.recv_x, x_bytes));
+        continue;
       }
       const float scale = sf_bytes ? v.mine<const float>(v.x_scales)[token] : 0.f;
       const float weight = with_weights && lane < top_k
                                ? v.mine<const float>(v.topk_weights)[token * top_k + lane]
                                : 0.f;
+      if (sf_bytes) {
+        copy_row(v.mine<const char>(v.x_sf) + token * sf_bytes, sf_bytes, 0, sf_bytes, lane,
+                 to_each(v.recv_x_sf, sf_bytes));
+      }
       for (uint32_t left = going; left; left &= left - 1) {
         const int slot = __ffs(left) - 1;
         const int64_t base = __shfl_sync(~0u, peer, slot);
@@ -168,7 +174,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int r = threadIdx.x; r < ranks; r += kThreads) total[r] = sent[r];
   }
   if (!last_block_to_finish(v, kSendDone, blocks_before)) return;
-  fence_sys();
   for (int r = threadIdx.x; r < ranks; r += kThreads) {
     const uint32_t count = load_relaxed_gpu(reinterpret_cast<uint32_t*>(total) + r);
     store_release_sys(View::at<uint64_t>(peers[r], v.dispatch_flags) + v.rank,
@@ -195,8 +200,9 @@ __global__ void __launch_bounds__(kThreads, 2) dispatch_count(const __grid_const
   for (int e = threadIdx.x; e < experts; e += kThreads) found[e] = 0;
   let_next_kernel_start();
   wait_for_previous_kernel();
+  const uint64_t call = current_call(v);
   if (call_failed(v)) return;
-  if (!wait_for_flags(v, v.dispatch_flags, kDispatch, current_call(v), prefix)) return;
+  if (!wait_for_flags(v, v.dispatch_flags, kDispatch, call, prefix)) return;
   sum_up(prefix, ranks);
 
   const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
@@ -314,10 +320,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   let_next_kernel_start();
   wait_for_previous_kernel();
+  const uint64_t call = current_call(v);
   bool ok = !call_failed(v);
-  if (ok && count_here) {
-    ok = wait_for_flags(v, v.dispatch_flags, kDispatch, current_call(v), prefix);
-  }
+  if (ok && count_here) ok = wait_for_flags(v, v.dispatch_flags, kDispatch, call, prefix);
   if (!ok) {
     // The GEMMs that follow find no rows.
     if (blockIdx.x == 0) {

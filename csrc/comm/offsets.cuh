@@ -37,13 +37,17 @@ MEGAMOE_HD Chunk chunk_of(int n, int parts, int i) {
 }
 
 // Rank r owns experts r * per_rank .. (r + 1) * per_rank - 1; every other id means "no expert".
-struct Experts {
-  int num_experts;
-  int per_rank;
+class Experts {
+ public:
+  // At most 65536 of them (megamoe_ep/shape.py: MAX_EXPERTS): then `quotient_` divides exactly.
+  MEGAMOE_HD Experts(int num_experts, int per_rank)
+      : num_experts(num_experts), per_rank(per_rank),
+        quotient_(uint64_t{0xffffffffu / static_cast<uint32_t>(per_rank)} + 1) {}
 
   MEGAMOE_HD int owner(int expert) const {
-    return static_cast<uint32_t>(expert) < static_cast<uint32_t>(num_experts) ? expert / per_rank
-                                                                              : -1;
+    return static_cast<uint32_t>(expert) < static_cast<uint32_t>(num_experts)
+               ? static_cast<int>(static_cast<uint32_t>(expert) * quotient_ >> 32)
+               : -1;
   }
   // Number of the expert on `rank`, or -1 where another rank owns it or there is no expert.
   MEGAMOE_HD int local(int expert, int rank) const {
@@ -53,6 +57,12 @@ struct Experts {
                ? e
                : -1;
   }
+
+  const int num_experts;
+  const int per_rank;
+
+ private:
+  uint64_t quotient_;  // 2^32 / per_rank, rounded up: a division, without dividing
 };
 
 // Ranks 32 * word .. 32 * word + 31 that own an expert of the token, one bit each.

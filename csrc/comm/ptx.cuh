@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "dependent_launch.cuh"
+
 namespace megamoe::comm {
 
 // Rows: ordinary coherent accesses, since the read-only path may hold what a peer has overwritten.
@@ -70,9 +72,9 @@ __device__ __forceinline__ void store_release_sys(uint64_t* p, uint64_t v) {
 
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
-__device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
+__device__ __forceinline__ uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) {
   uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], %2;"
                : "=r"(old)
                : "l"(p), "r"(v)
                : "memory");
@@ -89,16 +91,6 @@ __device__ __forceinline__ uint64_t globaltimer_ns() {
   uint64_t t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
   return t;
-}
-
-// Everything that the kernel before this one in the stream has written can be read from here on.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// The next kernel's blocks may take what room is left on the SMs; they wait as above.
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 }  // namespace megamoe::comm

@@ -1,8 +1,8 @@
 // Flags between ranks: raised after the rows they stand for, waited for with a deadline.
 //
 // Order. Sender: every thread of a block stores, the block meets at a barrier, one thread fences at
-// system scope and counts the block in; the block that is last fences again and stores the flags
-// with release. Receiver: one thread a flag polls with acquire, the block meets at a barrier, then
+// system scope and counts the block in; the block that is last stores the flags with release at
+// system scope. Receiver: one thread a flag polls with acquire, the block meets at a barrier, then
 // any thread reads the rows with ordinary coherent loads (never through the read-only path).
 #pragma once
 
@@ -126,7 +126,8 @@ __device__ __noinline__ void give_up(const View& v, int64_t flags, Phase phase, 
 }
 
 // Block-wide: whether an earlier kernel or call on this buffer failed; then this kernel has nothing
-// to do. Ends with a barrier.
+// to do. Ends with a barrier. Waits for memory: what a kernel needs first it asks for before this, so
+// that both come at once.
 __device__ __forceinline__ bool call_failed(const View& v) {
   const int finder = look_for_abort(v, threadIdx.x, blockDim.x);
   if (finder) report_abort(v, finder - 1);
@@ -173,8 +174,8 @@ __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Pha
 __device__ __forceinline__ bool last_block_to_finish(const View& v, Latch latch, uint32_t* before) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    fence_sys();
-    *before = add_acq_rel_gpu(View::local<uint32_t>(v.latches) + latch, 1u);
+    fence_sys();  // the release half of the count that follows
+    *before = add_acquire_gpu(View::local<uint32_t>(v.latches) + latch, 1u);
   }
   __syncthreads();
   return *before + 1 == gridDim.x;

@@ -48,6 +48,39 @@ __device__ __forceinline__ uint32_t encode_e2m1(float x) {
   return code | (x == x ? __float_as_uint(x) >> 28 & 8u : 0u);
 }
 
+// Codes of 8 finite values over `step`, by true divisions.
+__device__ __noinline__ uint32_t encode_8(uint4 x, float step) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  uint32_t codes = 0;
+  for (int i = 0; i < 4; ++i) {
+    codes |= encode_e2m1(__fdiv_rn(from_bf16(words[i] & 0xffffu), step)) << 8 * i;
+    codes |= encode_e2m1(__fdiv_rn(from_bf16(words[i] >> 16), step)) << (8 * i + 4);
+  }
+  return codes;
+}
+
+// The same from multiplications by 1 / step, where that is sure to be right; `near` falls below
+// 2 * kMargin where it is not.
+//
+// A magnitude times 2^-126 has its E2M1 code in the upper bits of its fp32 form, subnormals included.
+// The product is off by no more than three units of the last place, so it can round to another code
+// than the quotient only where it is that close to the middle between two codes.
+constexpr uint32_t kMargin = 8;
+
+__device__ __forceinline__ uint32_t encode_8(uint4 x, float one_over_step, uint32_t& near) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t bf16 = i % 2 ? words[i / 2] >> 16 : words[i / 2];
+    const float quotient = __fmul_rn(from_bf16(bf16 & 0x7fffu), one_over_step);
+    const uint32_t up = __float_as_uint(__fmul_rn(quotient, 0x1p-126f)) + 0x200000u;
+    near = min(near, (up + kMargin) & 0x3fffffu);
+    codes |= (min(up >> 22, 7u) | (bf16 >> 12 & 8u)) << 4 * i;
+  }
+  return codes;
+}
+
 // Quantises a block with global scale g: its scale, and its codes in `codes`.
 __device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, uint2& codes) {
   codes = {0, 0};
@@ -56,17 +89,11 @@ __device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, ui
   if (largest >= kInfinityBf16 || quotient != quotient) return kNanUe4m3;
   __nv_fp8_e4m3 scale(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
   const float step = __fmul_rn(static_cast<float>(scale), g);
-  uint32_t packed[2] = {0, 0};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t words[4] = {x.halves[h].x, x.halves[h].y, x.halves[h].z, x.halves[h].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      packed[h] |= encode_e2m1(__fdiv_rn(from_bf16(words[i] & 0xffffu), step)) << 8 * i;
-      packed[h] |= encode_e2m1(__fdiv_rn(from_bf16(words[i] >> 16), step)) << (8 * i + 4);
-    }
-  }
-  codes = {packed[0], packed[1]};
+  // Where 1 / step is no ordinary number, the quotients are none of the ordinary ones either.
+  uint32_t near = step > 0x1p-100f && step < 0x1p100f ? ~0u : 0u;
+  const float one_over_step = __fdiv_rn(1.0f, step);
+  codes = {encode_8(x.halves[0], one_over_step, near), encode_8(x.halves[1], one_over_step, near)};
+  if (near < 2 * kMargin) codes = {encode_8(x.halves[0], step), encode_8(x.halves[1], step)};
   return scale.__x;
 }
 
@@ -93,18 +120,58 @@ struct StageArguments {
 
 MEGAMOE_HD int64_t stage_shared_bytes() { return 4 * 32; }
 
+// Quantises row t, of which this thread holds its first block. Block-wide.
+__device__ __forceinline__ void quantise_token(const View& v, const StageArguments& a, int64_t t,
+                                               const Block16& first, uint32_t* largest_of_warp) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int blocks = static_cast<int>(v.hidden_size / 16);
+  const char* from = a.x + t * 2 * v.hidden_size;
+  uint32_t largest = largest_magnitude(first);
+  for (int b = threadIdx.x + kThreads; b < blocks; b += kThreads) {
+    largest = max(largest, largest_magnitude(load_block(from, b)));
+  }
+  largest = __reduce_max_sync(~0u, largest);
+  if (lane == 0) largest_of_warp[warp] = largest;
+  __syncthreads();
+  largest = __reduce_max_sync(~0u, lane < kWarps ? largest_of_warp[lane] : 0u);
+  __syncthreads();
+
+  float g = __uint_as_float(kNanFp32);
+  if (largest < kInfinityBf16) {
+    g = a.global_scale ? *a.global_scale
+                       : fmaxf(__fdiv_rn(from_bf16(largest), 2688.0f), 0x1p-117f);
+  }
+  char* codes_to = v.mine<char>(v.x) + t * v.x_bytes();
+  char* scales_to = v.mine<char>(v.x_sf) + t * v.sf_bytes();
+  if (threadIdx.x == 0) v.mine<float>(v.x_scales)[t] = g;
+  for (int b = threadIdx.x; b < blocks; b += kThreads) {
+    const Block16 block = b == threadIdx.x ? first : load_block(from, b);
+    uint2 codes;
+    const uint32_t scale = quantise_block(block, g, codes);
+    store_8(codes_to + b * 8, codes);
+    store_1(scales_to + b, scale);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads, 2)
     stage_tokens(const __grid_constant__ View v, const __grid_constant__ StageArguments a) {
   extern __shared__ int shared[];
-  uint32_t* largest_of_warp = reinterpret_cast<uint32_t*>(shared);
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
   const int top_k = static_cast<int>(v.top_k);
   const int64_t row_bytes = 2 * v.hidden_size;
   const int blocks = static_cast<int>(v.hidden_size / 16);
 
+  // A thread keeps its first block of a token, which is all of x up to a hidden size of 8192. That
+  // of the next token is on its way meanwhile.
+  const auto first_block = [&](int64_t t) {
+    return v.nvfp4 && threadIdx.x < blocks && t < a.rows
+               ? load_block(a.x + t * row_bytes, threadIdx.x)
+               : Block16{};
+  };
+
   let_next_kernel_start();
   wait_for_previous_kernel();
+  Block16 next = first_block(blockIdx.x);
   int n = a.rows;
   if (a.num_tokens) {
     const int given = *a.num_tokens;
@@ -116,53 +183,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (blockIdx.x == 0 && threadIdx.x == 0) *v.mine<int32_t>(v.num_tokens) = n;
 
   for (int64_t t = blockIdx.x; t < n; t += gridDim.x) {
-    const char* from = a.x + t * row_bytes;
-    if (threadIdx.x < top_k) {
-      const int64_t at = t * top_k + threadIdx.x;
-      const int id = a.topk_idx[at];
-      const bool good = id >= -1 && id < v.num_experts;
-      if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), threadIdx.x, id);
-      v.mine<int32_t>(v.topk_idx)[at] = good ? id : -1;
-      v.mine<float>(v.topk_weights)[at] = a.topk_weights[at];
-    }
-    if (!v.nvfp4) {
+    // Loaded here, looked at when they have come.
+    const bool has_slot = threadIdx.x < top_k;
+    const int64_t at = t * top_k + threadIdx.x;
+    const int id = has_slot ? a.topk_idx[at] : -1;
+    const float weight = has_slot ? a.topk_weights[at] : 0.f;
+    if (v.nvfp4) {
+      const Block16 first = next;
+      next = first_block(t + gridDim.x);
+      quantise_token(v, a, t, first, reinterpret_cast<uint32_t*>(shared));
+    } else {
+      const char* from = a.x + t * row_bytes;
       char* to = v.mine<char>(v.x) + t * row_bytes;
       for (int b = threadIdx.x; b < 2 * blocks; b += kThreads) {
         store_16(to + b * 16, load_16(from + b * 16));
       }
-      continue;
     }
-
-    // A thread keeps its first block: all of x that there is, up to a hidden size of 8192.
-    Block16 first = {};
-    uint32_t largest = 0;
-    if (threadIdx.x < blocks) {
-      first = load_block(from, threadIdx.x);
-      largest = largest_magnitude(first);
-    }
-    for (int b = threadIdx.x + kThreads; b < blocks; b += kThreads) {
-      largest = max(largest, largest_magnitude(load_block(from, b)));
-    }
-    largest = __reduce_max_sync(~0u, largest);
-    if (lane == 0) largest_of_warp[warp] = largest;
-    __syncthreads();
-    largest = __reduce_max_sync(~0u, lane < kWarps ? largest_of_warp[lane] : 0u);
-    __syncthreads();
-
-    float g = __uint_as_float(kNanFp32);
-    if (largest < kInfinityBf16) {
-      g = a.global_scale ? *a.global_scale
-                         : fmaxf(__fdiv_rn(from_bf16(largest), 2688.0f), 0x1p-117f);
-    }
-    char* codes_to = v.mine<char>(v.x) + t * v.x_bytes();
-    char* scales_to = v.mine<char>(v.x_sf) + t * v.sf_bytes();
-    if (threadIdx.x == 0) v.mine<float>(v.x_scales)[t] = g;
-    for (int b = threadIdx.x; b < blocks; b += kThreads) {
-      const Block16 block = b == threadIdx.x ? first : load_block(from, b);
-      uint2 codes;
-      const uint32_t scale = quantise_block(block, g, codes);
-      store_8(codes_to + b * 8, codes);
-      store_1(scales_to + b, scale);
+    if (has_slot) {
+      const bool good = id >= -1 && id < v.num_experts;
+      if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), threadIdx.x, id);
+      v.mine<int32_t>(v.topk_idx)[at] = good ? id : -1;
+      v.mine<float>(v.topk_weights)[at] = weight;
     }
   }
 }

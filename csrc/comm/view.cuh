@@ -11,7 +11,8 @@
 // clang-format off
 #define MEGAMOE_COMM_VIEW(X)                                                                      \
   /* sizes */                                                                                     \
-  X(world_size) X(rank) X(num_experts) X(max_tokens) X(top_k) X(hidden_size) X(nvfp4)             \
+  X(world_size) X(rank) X(num_experts) X(experts_per_rank) X(max_tokens) X(top_k)                 \
+  X(hidden_size) X(nvfp4)                                                                         \
   /* regions of symmetric memory: bytes from its start, the same on every rank */                 \
   X(x) X(x_sf) X(x_scales) X(topk_idx) X(topk_weights) X(num_tokens)                              \
   X(recv_x) X(recv_x_sf) X(recv_x_scales) X(recv_topk_idx) X(recv_topk_weights) X(recv_token)     \
@@ -39,9 +40,9 @@ struct View {
 #undef MEGAMOE_FIELD
 
   MEGAMOE_HD Experts experts() const {
-    return {static_cast<int>(num_experts), static_cast<int>(num_experts / world_size)};
+    return {static_cast<int>(num_experts), static_cast<int>(experts_per_rank)};
   }
-  MEGAMOE_HD int local_experts() const { return static_cast<int>(num_experts / world_size); }
+  MEGAMOE_HD int local_experts() const { return static_cast<int>(experts_per_rank); }
   // A staged row as it travels: packed E2M1, or bf16.
   MEGAMOE_HD int64_t x_bytes() const { return nvfp4 ? hidden_size / 2 : hidden_size * 2; }
   MEGAMOE_HD int64_t sf_bytes() const { return nvfp4 ? hidden_size / 16 : 0; }

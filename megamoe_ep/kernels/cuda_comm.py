@@ -59,6 +59,7 @@ class CommState:
             "world_size": shape.world_size,
             "rank": buffer.rank,
             "num_experts": shape.num_experts,
+            "experts_per_rank": shape.experts_per_rank,
             "max_tokens": shape.max_num_tokens,
             "top_k": shape.top_k,
             "hidden_size": shape.hidden_size,

@@ -65,6 +65,7 @@ def tokens(n=3):
         ({"top_k": 2.0}, r"top_k must be an integer of at least 1; got 2\.0"),
         ({"max_num_tokens": -1}, r"max_num_tokens must be an integer of at least 1; got -1"),
         ({"top_k": 33}, r"top_k must be at most 32; got 33"),
+        ({"num_experts": 65538}, r"num_experts must be at most 65536; got 65538"),
         ({"hidden_size": 72}, r"hidden_size must be a multiple of 16 .* got 72"),
         ({"intermediate_size": 40}, r"intermediate_size must be a multiple of 16 .* got 40"),
         ({"hidden_size": 65552}, r"hidden_size .* at most 65536; got 65552"),

@@ -111,6 +111,7 @@ class HostKernels:
         values |= {name: tensor.data_ptr() for name, tensor in scratch.items()}
         values |= {
             "world_size": shape.world_size, "rank": rank.rank, "num_experts": shape.num_experts,
+            "experts_per_rank": shape.experts_per_rank,
             "max_tokens": shape.max_num_tokens, "top_k": shape.top_k,
             "hidden_size": shape.hidden_size, "nvfp4": int(shape.activation_format == "nvfp4"),
             "timeout_ns": round(rank.timeout_s * 1e9), "device": 0, "blocks": blocks,
@@ -205,6 +206,21 @@ def together(ranks: list[SimpleNamespace], work) -> None:
     assert not failures, failures
 
 
+def test_owner_of_an_expert(kernels) -> None:
+    def check(num_experts: int, per_rank: int, expert: int) -> None:
+        expected = expert // per_rank if 0 <= expert < num_experts else -1
+        assert kernels.owner(num_experts, per_rank, expert) == expected
+
+    for per_rank in (*range(1, 50), 255, 257, 21845, 21846, 32767, 32768, 65535, 65536):
+        num_experts = 65536 // per_rank * per_rank
+        for expert in (-(2**31), -1, num_experts, 2**31 - 1):
+            check(num_experts, per_rank, expert)
+        # A wrong quotient shows at the first or the last expert of a rank.
+        for first in range(0, num_experts, per_rank):
+            check(num_experts, per_rank, first)
+            check(num_experts, per_rank, first + per_rank - 1)
+
+
 STAGED = ("x", "x_sf", "x_scales", "topk_idx", "topk_weights", "num_tokens")
 WORKSPACE = ("rows", "row_scales", "row_slot")
 
@@ -286,6 +302,35 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
                 assert not cuda[r].latches.any()
                 assert not cuda[r].status.any()
             routings += world_size
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7 * 2.0**-9, 3.0, 2.0**-120, 2.0**105, 0.0, torch.nan])
+def test_stage_rounds_as_the_portable_one(kernels, scale: float) -> None:
+    """Values at and beside the middles between two codes, and every bf16 that there is."""
+    shape = LayerShape(1, 64, 1, 4096, 16, 1)
+    ours, theirs = ranks_of(shape)[0], ranks_of(shape)[0]
+    ours.input_global_scale = theirs.input_global_scale = torch.tensor([scale])
+    draw = torch.Generator().manual_seed(3)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    order = torch.randperm(2**16, generator=draw)
+    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).view(1, -1, 1)
+    beside = middles * torch.tensor([1.0, 1 + 2**-7, 1 - 2**-8, -1.0]) * torch.ones(512, 1, 1)
+    powers = 2.0 ** torch.randint(-3, 4, (512, 1, 1), generator=draw)
+    x = torch.stack(
+        [
+            *every.view(16, 4096),  # blocks with a scale of nearly the same sort ...
+            *every[order].view(16, 4096),  # ... and of every other
+            *(beside * powers).bfloat16().view(4, 4096),
+            *torch.randn(28, 4096, generator=draw).bfloat16(),
+        ]
+    )
+    # Rows with NaN or infinity come out as NaN as a whole; the others are what is looked at.
+    x = torch.where(x.isfinite(), x, 0.5)
+    ids, weights = torch.zeros(64, 1, dtype=torch.int32), torch.ones(64, 1)
+    HostKernels(kernels, ours).stage(x, ids, weights, 64)
+    portable.stage(x, ids, weights, theirs, 64)
+    for name in ("x_sf", "x_scales", "x"):
+        assert_same(getattr(ours.local, name), getattr(theirs.local, name), name)
 
 
 def shape_of(world_size: int) -> LayerShape:

@@ -25,6 +25,10 @@ const char* comm_fields() {
 #undef MEGAMOE_NAME
 }
 
+int owner(int num_experts, int per_rank, int expert) {
+  return Experts(num_experts, per_rank).owner(expert);
+}
+
 int64_t comm_num_latches() { return kLatches; }
 int64_t comm_status_words() { return kStatusWords; }
 

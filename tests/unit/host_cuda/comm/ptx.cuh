@@ -33,7 +33,7 @@ inline uint32_t load_relaxed_gpu(const uint32_t* p) { return *p; }
 inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline void store_release_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline void fence_sys() {}
-inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+inline uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
