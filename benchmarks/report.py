@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megamoe_ep.forecast import TILES, expected_load, forecast
+from megamoe_ep.forecast import KERNELS, expected_load, forecast
 from megamoe_ep.measure import MODELS, Case
 from megamoe_ep.results import Results
 from megamoe_ep.roofline import KNOWN, PHASES, layer_floor
@@ -297,13 +297,13 @@ def checked(data: Data) -> list[Checked]:
     """Every measured point of a GPU whose kernels' tiles are known, up to two ranks."""
     found = []
     for row in data.scaling:
-        tiles = next((t for name, t in TILES.items() if name in row["machine"]["device"]), None)
-        if tiles is None or row["ranks"] > 2 or row["machine"]["kernels"] == "portable":
+        kernels = next((k for name, k in KERNELS.items() if name in row["machine"]["device"]), None)
+        if kernels is None or row["ranks"] > 2 or row["machine"]["kernels"] == "portable":
             continue
         case = Case(row["shape"], row["mode"], row["tokens"], row["combine"], row["skew"])
         shape = case.shape(row["ranks"])
         load = expected_load(shape, case.skew)
-        phases = forecast(shape, load, case.combine, row["ceilings"], tiles)
+        phases = forecast(shape, load, case.combine, row["ceilings"], kernels)
         found.append(Checked(row, sum(phases.values())))
     return found
 
@@ -360,7 +360,7 @@ def deployed(model: str, tokens: int, ranks: int) -> LayerShape:
 
 @cache
 def forecast_us(machine: str, shape: LayerShape, combine: str) -> float:
-    phases = forecast(shape, expected_load(shape), combine, KNOWN[machine], TILES[machine])
+    phases = forecast(shape, expected_load(shape), combine, KNOWN[machine], KERNELS[machine])
     return sum(phases.values()) * 1e6
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,14 +19,15 @@ from megamoe_ep.shape import LayerShape
 
 @dataclass(frozen=True)
 class GemmTiles:
-    """How csrc's grouped GEMMs are cut: tile t of all goes to block t % blocks.
+    """How a grouped GEMM is cut: tile t of all goes to block t % blocks.
 
     Attributes:
         weight_rows: rows of weights in a tile.
         max_tokens: the most rows of tokens in a tile; an expert's rows are cut into as few tiles as
             that allows, all of one width.
-        token_step: a width is a multiple of this, or half of it.
-        blocks: one for each SM.
+        token_step: a width is a multiple of this, or half of it. Tiles of one width only have
+            ``max_tokens`` here.
+        blocks: how many tiles the GPU works on at a time, with as much of it each.
     """
 
     weight_rows: int
@@ -38,35 +40,63 @@ class GemmTiles:
         if rows == 0:
             return 0, 0
         tiles = math.ceil(rows / self.max_tokens)
+        if self.token_step == self.max_tokens:
+            return tiles, self.max_tokens
         least, step = rows / tiles, self.token_step
         return tiles, step // 2 if least <= step // 2 else math.ceil(least / step) * step
 
 
-# csrc/gemm/sm90/schedule.cuh; csrc/gemm/sm100 leaves the choice to CUTLASS, so that B200's are a
-# guess: the same, on its 148 SMs.
-TILES = {
-    "H200": GemmTiles(weight_rows=256, max_tokens=176, token_step=16, blocks=132),
-    "B200": GemmTiles(weight_rows=256, max_tokens=176, token_step=16, blocks=148),
+@dataclass(frozen=True)
+class GemmKernels:
+    """The two grouped GEMMs of one architecture.
+
+    Attributes:
+        tiles: those that there are to choose from; the best is taken.
+        fused: rows come and go as bf16, and L1 ends with SwiGLU. Else passes of their own pack the
+            rows into NVFP4 before each GEMM, and apply SwiGLU to the fp32 that L1 leaves.
+    """
+
+    tiles: tuple[GemmTiles, ...]
+    fused: bool
+
+
+KERNELS = {
+    # csrc/gemm/sm90/schedule.cuh, on 132 SMs
+    "H200": GemmKernels((GemmTiles(256, 176, 16, 132),), fused=True),
+    # csrc/gemm/sm100/grouped_gemm.cuh, on 148 SMs; a wide tile takes two of them
+    "B200": GemmKernels((GemmTiles(128, 64, 64, 148), GemmTiles(256, 256, 256, 74)), fused=False),
 }
 
 
 def forecast(
-    shape: LayerShape, load: Load, combine: str, ceilings: Ceilings, tiles: GemmTiles
+    shape: LayerShape, load: Load, combine: str, ceilings: Ceilings, kernels: GemmKernels
 ) -> dict[str, float]:
     """Seconds of each phase of one call."""
     seconds = dict.fromkeys(PHASES, 0.0)
     h, i = shape.hidden_size, shape.intermediate_size
+    weights = weight_nbytes(shape)
+    packed = 9 / 16  # bytes of an element in NVFP4
     for step in steps(shape, load, combine):
+        passes, row_nbytes = 0, 2.0 * (h + i)
         if step.kernel == "l1":
-            work = _gemm_seconds(
-                load, 2 * i, h, weight_nbytes(shape) * 2 / 3, 2 * (h + i), ceilings, tiles
-            )
+            if not kernels.fused:
+                passes, row_nbytes = 2, packed * h + 8 * i
+                seconds["l1"] += _pass(load, (2 + packed) * h + (8 + 2) * i, ceilings)
+            work = _gemm(load, Matrix(2 * i, h, weights * 2 / 3, row_nbytes), ceilings, kernels)
         elif step.kernel == "l2":
-            work = _gemm_seconds(load, h, i, weight_nbytes(shape) / 3, 2 * (h + i), ceilings, tiles)
+            if not kernels.fused:
+                passes, row_nbytes = 1, packed * i + 2 * h
+                seconds["l2"] += _pass(load, (2 + packed) * i, ceilings)
+            work = _gemm(load, Matrix(h, i, weights / 3, row_nbytes), ceilings, kernels)
         else:
             work = step_floor(step, ceilings)
-        seconds[step.phase] += ceilings.launch_s + _flag_seconds(step, ceilings) + work
+        launches = (1 + passes) * ceilings.launch_s
+        seconds[step.phase] += launches + _flag_seconds(step, ceilings) + work
     return seconds
+
+
+def _pass(load: Load, row_nbytes: float, ceilings: Ceilings) -> float:
+    return load.busiest_rows * row_nbytes / ceilings.copy_bytes_per_s
 
 
 def _flag_seconds(step: Step, ceilings: Ceilings) -> float:
@@ -76,46 +106,45 @@ def _flag_seconds(step: Step, ceilings: Ceilings) -> float:
     return ceilings.flag_s if world_size <= ceilings.domain else ceilings.network_flag_s
 
 
-def _gemm_seconds(
-    load: Load,
-    n: int,
-    k: int,
-    expert_nbytes: float,
-    row_nbytes: int,
-    ceilings: Ceilings,
-    tiles: GemmTiles,
+class Matrix(NamedTuple):
+    """One expert's side of a GEMM."""
+
+    n: int
+    k: int
+    nbytes: float
+    row_nbytes: float  # read and written with each row
+
+
+def _gemm(load: Load, matrix: Matrix, ceilings: Ceilings, kernels: GemmKernels) -> float:
+    """Seconds of the busiest block of the busiest rank, with the best of the tiles."""
+    ranks = {tuple(rows) for rows in load.expert_rows.tolist()}
+    return min(
+        max(_busiest_block(rows, matrix, ceilings, tiles) for rows in ranks)
+        for tiles in kernels.tiles
+    )
+
+
+def _busiest_block(
+    expert_rows: tuple[float, ...], matrix: Matrix, ceilings: Ceilings, tiles: GemmTiles
 ) -> float:
-    """The busiest block of the busiest rank; an SM has its share of memory and of arithmetic.
+    """A block has its share of memory and of arithmetic.
 
     Token tiles of one expert run together and read its weights once; likewise with rows.
     """
-    ranks = {tuple(rows) for rows in load.expert_rows.tolist()}
-    return max(_rank_seconds(r, n, k, expert_nbytes, row_nbytes, ceilings, tiles) for r in ranks)
-
-
-def _rank_seconds(
-    expert_rows: tuple[float, ...],
-    n: int,
-    k: int,
-    expert_nbytes: float,
-    row_nbytes: int,
-    ceilings: Ceilings,
-    tiles: GemmTiles,
-) -> float:
-    weight_tiles = math.ceil(n / tiles.weight_rows)
+    weight_tiles = math.ceil(matrix.n / tiles.weight_rows)
     each: list[float] = []  # seconds of a tile, in their order
     for rows in expert_rows:
         token_tiles, width = tiles.of_expert(rows)
         if not token_tiles:
             continue
         count = token_tiles * weight_tiles
-        nbytes = (expert_nbytes + rows * row_nbytes) / count
-        flops = 2 * width * k * n / weight_tiles
+        nbytes = (matrix.nbytes + rows * matrix.row_nbytes) / count
+        flops = 2 * width * matrix.k * matrix.n / weight_tiles
         seconds = max(nbytes / ceilings.copy_bytes_per_s, flops / ceilings.flop_per_s)
         each += [seconds * tiles.blocks] * count
-    padded = torch.zeros(-(-len(each) // tiles.blocks) * tiles.blocks, dtype=torch.float64)
-    padded[: len(each)] = torch.tensor(each, dtype=torch.float64)
-    return float(padded.view(-1, tiles.blocks).sum(0).max()) if each else 0.0
+    rounds = torch.zeros(-(-len(each) // tiles.blocks) * tiles.blocks, dtype=torch.float64)
+    rounds[: len(each)] = torch.tensor(each, dtype=torch.float64)
+    return float(rounds.view(-1, tiles.blocks).sum(0).max()) if each else 0.0
 
 
 # A routing that is not drawn yet

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamoe_ep.forecast import TILES, GemmTiles, expected_load, forecast
+from megamoe_ep.forecast import KERNELS, GemmKernels, GemmTiles, expected_load, forecast
 from megamoe_ep.measure import MODELS, route
 from megamoe_ep.roofline import KNOWN, Load, layer_floor, phase_floors
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = KNOWN["H200"]
 # So fine that no tile is ever wider than its rows, and one block has all the work.
-NO_TILES = GemmTiles(weight_rows=256, max_tokens=1 << 30, token_step=2, blocks=1)
+NO_TILES = GemmKernels((GemmTiles(256, 1 << 30, 2, blocks=1),), fused=True)
 FREE = replace(H200, launch_s=0.0, flag_s=0.0, peer_bytes_per_s=1e30, network_bytes_per_s=1e30)
 
 
-def seconds(shape, load, combine="exact", ceilings=H200, tiles=TILES["H200"]):
-    return sum(forecast(shape, load, combine, ceilings, tiles).values())
+def seconds(shape, load, combine="exact", ceilings=H200, kernels=KERNELS["H200"]):
+    return sum(forecast(shape, load, combine, ceilings, kernels).values())
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 8192])
@@ -41,13 +41,13 @@ def test_without_launches_wire_and_tiles_it_is_the_floor_of_every_kernel(tokens)
 @pytest.mark.parametrize("machine", ["H200", "B200"])
 @pytest.mark.parametrize("model", ["dsv3", "flash", "pro", "qwen3-235b"])
 def test_never_below_the_floor_and_never_shorter_for_more_tokens(machine, model):
-    ceilings, tiles = KNOWN[machine], TILES[machine]
+    ceilings, kernels = KNOWN[machine], KERNELS[machine]
     for ranks in (1, 2, 8):
         before = 0.0
         for tokens in (1, 8, 64, 128, 512, 2048, 8192):
             shape = MODELS[model].layer(MODELS[model].rank_experts * ranks, tokens, ranks)
             load = expected_load(shape)
-            found = seconds(shape, load, "fast", ceilings, tiles)
+            found = seconds(shape, load, "fast", ceilings, kernels)
             assert found > layer_floor(shape, load, ceilings).seconds
             assert found > 0.98 * before, "tiles may fit a little better with more tokens"
             before = found
@@ -56,7 +56,7 @@ def test_never_below_the_floor_and_never_shorter_for_more_tokens(machine, model)
 def test_fast_sends_less_and_takes_less():
     shape = MODELS["dsv3"].layer(256, 2048, 8)
     load = expected_load(shape)
-    exact, fast = (forecast(shape, load, mode, H200, TILES["H200"]) for mode in ("exact", "fast"))
+    exact, fast = (forecast(shape, load, mode, H200, KERNELS["H200"]) for mode in ("exact", "fast"))
     assert fast["combine"] < 0.8 * exact["combine"]
     assert fast["l1"] == exact["l1"]
 
@@ -104,12 +104,40 @@ def test_expectations_are_the_means_of_drawn_routings(ranks, tokens, top_k, skew
     )
 
 
-def test_tiles_are_those_of_the_kernel():
+def test_tiles_are_those_of_the_kernels():
     source = (ROOT / "csrc/gemm/sm90/schedule.cuh").read_text()
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
-    assert TILES["H200"].max_tokens == int(constants["kMaxTokens"])
-    assert TILES["H200"].weight_rows == int(constants["kWeightRows"])
-    tiles = TILES["H200"]
+    (tiles,) = KERNELS["H200"].tiles
+    assert tiles.max_tokens == int(constants["kMaxTokens"])
+    assert tiles.weight_rows == int(constants["kWeightRows"])
     assert [tiles.of_expert(rows) for rows in (0, 1, 8, 9, 16, 17, 176, 177, 353)] == [
         (0, 0), (1, 8), (1, 8), (1, 16), (1, 16), (1, 32), (1, 176), (2, 96), (3, 128),
     ]  # fmt: skip
+
+    source = (ROOT / "csrc/gemm/sm100/grouped_gemm.cuh").read_text()
+    cut = re.findall(r"using Tile = cute::Shape<cute::_(\d+), cute::_(\d+), cute::_\d+>;", source)
+    assert cut == [(str(t.weight_rows), str(t.max_tokens)) for t in KERNELS["B200"].tiles]
+    narrow, wide = KERNELS["B200"].tiles
+    assert [narrow.of_expert(rows) for rows in (0, 1, 64, 65)] == [
+        (0, 0),
+        (1, 64),
+        (1, 64),
+        (2, 64),
+    ]
+    assert wide.of_expert(257) == (2, 256)
+
+
+def test_separate_passes_cost_their_bytes():
+    shape = MODELS["dsv3"].layer(32, 2048, 1)
+    load = expected_load(shape)
+    fused, apart = (
+        forecast(shape, load, "exact", FREE, GemmKernels(KERNELS["H200"].tiles, fused=fused))
+        for fused in (True, False)
+    )
+    rows = 2048 * 8
+    more = rows * ((2 + 9 / 16) * 7168 + 10 * 2048) / H200.copy_bytes_per_s
+    assert apart["l1"] - fused["l1"] == pytest.approx(more)
+    assert apart["l2"] - fused["l2"] == pytest.approx(
+        rows * (2 + 9 / 16) * 2048 / H200.copy_bytes_per_s
+    )
+    assert apart["combine"] == fused["combine"]

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from megamoe_ep.forecast import TILES, expected_load, forecast
+from megamoe_ep.forecast import KERNELS, expected_load, forecast
 from megamoe_ep.measure import MODELS, Case, result_row
 from megamoe_ep.results import Results
 from megamoe_ep.roofline import KNOWN
@@ -53,7 +53,7 @@ def results_of(ranks: int, launcher: str, slower: float) -> Results:
                     us = {
                         phase: s * 1e6 * slower
                         for phase, s in forecast(
-                            shape, load, combine, ceilings, TILES["H200"]
+                            shape, load, combine, ceilings, KERNELS["H200"]
                         ).items()
                     }
                     results.rows.append(
