@@ -36,7 +36,8 @@ from megamoe_ep.weights import KernelWeights, transform_weights_for_nvfp4_mega_m
 
 CALLS = 25
 WARM_UPS = 4
-L2_FLUSH_BYTES = 128 << 20
+# Ten times an L2, so that rewriting it takes longer than the host needs to launch what follows.
+L2_FLUSH_BYTES = 512 << 20
 
 Call = Callable[[], Any]
 
@@ -156,7 +157,7 @@ class Meter:
             with clock.measure(name):
                 call()
         seconds = clock.seconds()
-        return [us for us in self.over_ranks([seconds[name] * 1e6 for name in names])]
+        return self.over_ranks([seconds[name] * 1e6 for name in names])
 
     def median_us(self, call: Call, calls: int = CALLS) -> float:
         return statistics.median(self.times_us(call, calls))
