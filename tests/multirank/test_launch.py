@@ -142,7 +142,9 @@ def test_a_program_that_does_not_exist():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_orphans_however_the_parent_ends(how):
     body = (
-        "import sys; from megamoe_ep.bootstrap import spawn_ranks\n"
+        # A shell that runs the tests in the background has SIGINT ignored.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from megamoe_ep.bootstrap import spawn_ranks\n"
         "spawn_ranks([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True);"
         "time.sleep(600)'], 2, timeout_s=600)"
     )
