@@ -13,11 +13,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MEGAMOE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MEGAMOE_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace megamoe::sm100 {
 
@@ -25,20 +21,20 @@ constexpr int kTileRows = 128;
 constexpr int kTileScales = 4;  // along K
 constexpr int kTileBytes = kTileRows * kTileScales;
 
-MEGAMOE_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MEGAMOE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Scales of a row, rounded up to whole tiles.
-MEGAMOE_HOST_DEVICE constexpr int64_t padded_scales(int64_t ksf) {
+MEGAMOE_HD constexpr int64_t padded_scales(int64_t ksf) {
   return ceil_div(ksf, kTileScales) * kTileScales;
 }
 
 // Bytes of the scales of `rows` rows.
-MEGAMOE_HOST_DEVICE constexpr int64_t scale_bytes(int64_t rows, int64_t ksf) {
+MEGAMOE_HD constexpr int64_t scale_bytes(int64_t rows, int64_t ksf) {
   return ceil_div(rows, kTileRows) * kTileRows * padded_scales(ksf);
 }
 
 // Byte of scale k of a row.
-MEGAMOE_HOST_DEVICE constexpr int64_t scale_offset(int64_t row, int64_t k, int64_t ksf) {
+MEGAMOE_HD constexpr int64_t scale_offset(int64_t row, int64_t k, int64_t ksf) {
   const int64_t tile = row / kTileRows * ceil_div(ksf, kTileScales) + k / kTileScales;
   const int64_t r = row % kTileRows;
   return tile * kTileBytes + r % 32 * 16 + r / 32 * 4 + k % kTileScales;

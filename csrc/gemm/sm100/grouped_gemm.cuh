@@ -13,12 +13,21 @@
 // Floor: bytes of weights over memory bandwidth, or 2 n k tokens over the rate of NVFP4 MMAs.
 #pragma once
 
+// Not the headers that bring in every architecture's collectives: compiling takes 5 GB as it is.
+#include "cutlass/cutlass.h"
+#include "cutlass/device_kernel.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/collective/collective_epilogue.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
-#include "cutlass/gemm/collective/collective_builder.hpp"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
-#include "cutlass/gemm/kernel/gemm_universal.hpp"
-#include "gemm/sm100/groups.h"
+#include "cutlass/gemm/collective/collective_builder_decl.hpp"
+#include "cutlass/gemm/collective/collective_mma_decl.hpp"
+#include "cutlass/gemm/collective/sm100_blockscaled_mma_array_warpspecialized.hpp"
+#include "cutlass/gemm/collective/builders/sm100_blockscaled_umma_builder.inl"
+#include "cutlass/gemm/kernel/gemm_universal_decl.h"
+#include "cutlass/gemm/kernel/tile_scheduler.hpp"
+// after what it needs:
+#include "cutlass/gemm/kernel/sm100_gemm_array_tma_warpspecialized.hpp"
+#include "gemm/sm100/kernels.h"
 
 namespace megamoe::sm100 {
 
@@ -58,8 +67,7 @@ struct GroupedGemm {
       typename Config::Mainloop>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<Problem>,
                                                       Mainloop, Epilogue>;
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-  using Arguments = typename Gemm::Arguments;
+  using Arguments = typename Kernel::Arguments;
 
   static_assert(std::is_same_v<typename Kernel::InternalStrideA, WeightStride>);
   static_assert(std::is_same_v<typename Kernel::InternalStrideB, TokenStride>);
@@ -67,14 +75,13 @@ struct GroupedGemm {
   static_assert(std::is_same_v<typename Mainloop::InternalLayoutSFA, ScaleLayout>);
   static_assert(std::is_same_v<typename Mainloop::InternalLayoutSFB, ScaleLayout>);
 
-  // `host_shapes` lets can_implement look at the sizes; a launch has none.
-  static Arguments arguments(const Groups& groups, int experts, int sms,
-                             const Problem* host_shapes = nullptr) {
+  static Arguments arguments(const KernelCall& call) {
+    const Groups& groups = call.groups;
     using Code = cutlass::float_e2m1_t;
     using Scale = cutlass::float_ue4m3_t;
     Arguments a{};
     a.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
-    a.problem_shape = {experts, groups.shapes, host_shapes};
+    a.problem_shape = {call.experts, groups.shapes, call.shapes};
     a.mainloop.ptr_A = reinterpret_cast<const Code**>(groups.weights);
     a.mainloop.dA = groups.weight_strides;
     a.mainloop.ptr_B = reinterpret_cast<const Code**>(groups.tokens);
@@ -85,12 +92,40 @@ struct GroupedGemm {
     a.mainloop.layout_SFB = groups.token_scale_layouts;
     a.epilogue.ptr_D = reinterpret_cast<Out**>(groups.out);
     a.epilogue.dD = groups.out_strides;
-    a.epilogue.thread.alpha_ptr_array = groups.alphas;
-    a.epilogue.thread.dAlpha = {cute::_0{}, cute::_0{}, 1};
-    a.epilogue.thread.beta = 0.0f;
-    a.hw_info.sm_count = sms;
+    if (call.scaled) a.epilogue.thread.alpha_ptr_array = groups.alphas;
+    a.hw_info.sm_count = call.sms;
     return a;
   }
+
+  static bool can_implement(const KernelCall& call) {
+    return Kernel::can_implement(arguments(call));
+  }
+
+  static int64_t workspace_bytes(const KernelCall& call) {
+    return static_cast<int64_t>(Kernel::get_workspace_size(arguments(call)));
+  }
+
+  static cudaError_t launch(const KernelCall& call, void* workspace, cudaStream_t stream) {
+    const auto params = Kernel::to_underlying_arguments(arguments(call), workspace);
+    const auto kernel = cutlass::device_kernel<Kernel>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cute::size<0>(typename Config::Cluster{}), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = Kernel::get_grid_shape(params);
+    config.blockDim = Kernel::get_block_shape();
+    config.dynamicSmemBytes = Kernel::SharedStorageSize;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
+  }
+
+  static constexpr GemmKernel entry() { return {can_implement, workspace_bytes, launch}; }
 };
 
 }  // namespace megamoe::sm100

@@ -42,34 +42,11 @@ struct GroupedCall {
   uint8_t* scales;               // UE4M3; each expert's begin with a tile of their own
   char* out;                     // [rows, n]
   int out_bytes;                 // of an element
-  const float* alphas;           // one for each expert, `alpha_stride` apart
-  int alpha_stride;              // 0: the same for all
+  const float* alphas;           // [experts], or null: the accumulators as they are
 };
 
-// Lays the arrays out in memory that starts at a multiple of 16 bytes; from 0 on, the bytes needed.
-MEGAMOE_HOST_DEVICE int64_t lay_out_groups(int64_t memory, int experts, Groups& groups) {
-  const auto place = [&](auto*& array) {
-    using Element = std::remove_reference_t<decltype(*array)>;
-    array = reinterpret_cast<Element*>(memory);
-    memory += ceil_div(static_cast<int64_t>(sizeof(Element)) * experts, 16) * 16;
-  };
-  place(groups.shapes);
-  place(groups.weights);
-  place(groups.weight_scales);
-  place(groups.tokens);
-  place(groups.token_scales);
-  place(groups.out);
-  place(groups.alphas);
-  place(groups.weight_strides);
-  place(groups.token_strides);
-  place(groups.out_strides);
-  place(groups.weight_scale_layouts);
-  place(groups.token_scale_layouts);
-  return memory;
-}
-
 // The first tile of 128 rows of an expert's token scales: experts share none.
-MEGAMOE_HOST_DEVICE int first_tile(const int32_t* expert_offsets, int expert) {
+MEGAMOE_HD int first_tile(const int32_t* expert_offsets, int expert) {
   int tiles = 0;
   for (int e = 0; e < expert; ++e) {
     tiles += (expert_offsets[e + 1] - expert_offsets[e] + kTileRows - 1) / kTileRows;
@@ -78,7 +55,7 @@ MEGAMOE_HOST_DEVICE int first_tile(const int32_t* expert_offsets, int expert) {
 }
 
 // Writes the entry of one expert, whose token scales begin with tile `tile`.
-MEGAMOE_HOST_DEVICE void describe_group(const Groups& groups, const GroupedCall& call, int expert,
+MEGAMOE_HD void describe_group(const Groups& groups, const GroupedCall& call, int expert,
                                         int tile) {
   const int first = call.expert_offsets[expert];
   const int tokens = call.expert_offsets[expert + 1] - first;
@@ -90,7 +67,7 @@ MEGAMOE_HOST_DEVICE void describe_group(const Groups& groups, const GroupedCall&
   groups.tokens[e] = call.codes + first * row_bytes;
   groups.token_scales[e] = call.scales + static_cast<int64_t>(tile) * kTileRows * padded_scales(ksf);
   groups.out[e] = call.out + first * n * call.out_bytes;
-  groups.alphas[e] = call.alphas + e * call.alpha_stride;
+  groups.alphas[e] = call.alphas ? call.alphas + e : nullptr;
   groups.weight_strides[e] = cute::make_stride(int64_t{call.k}, cute::_1{}, cute::_0{});
   groups.token_strides[e] = cute::make_stride(int64_t{call.k}, cute::_1{}, cute::_0{});
   groups.out_strides[e] = cute::make_stride(cute::_1{}, int64_t{call.n}, cute::_0{});

@@ -1,0 +1,3 @@
+#include "gemm/sm100/grouped_gemm.cuh"
+
+const megamoe::sm100::GemmKernel megamoe::sm100::l2_wide = GroupedGemm<Wide, cutlass::bfloat16_t>::entry();
