@@ -197,18 +197,26 @@ def phases(data: Data) -> str:
 
 
 def skew(data: Data) -> str:
-    rows = of(data.scaling, mode="weak", combine="exact")
+    rows = of(data.scaling, combine="exact")
     skews = [s for s in values(rows, "skew") if s != 1]
     lines = []
-    for model, ranks, tokens in sorted({(r["shape"], r["ranks"], r["tokens"]) for r in rows}):
-        even = only(rows, shape=model, ranks=ranks, tokens=tokens, skew=1.0)
-        hot = [only(rows, shape=model, ranks=ranks, tokens=tokens, skew=s) for s in skews]
+    points = {(r["shape"], r["mode"], r["ranks"], r["tokens"]) for r in rows}
+    for model, mode, ranks, tokens in sorted(points):
+        mine = of(rows, shape=model, mode=mode, ranks=ranks, tokens=tokens)
+        even = only(mine, skew=1.0)
+        hot = [only(mine, skew=s) for s in skews]
         if even and any(hot):
-            costs = [ratio(r and r["ours_us"] / even["ours_us"]) for r in hot]
-            lines.append([model, ranks, tokens, us(even["ours_us"]), *costs])
+            cells = [
+                f"{ratio(r['ours_us'] / even['ours_us'])} ({r['hottest_over_mean']:.1f}x)"
+                if r
+                else "-"
+                for r in hot
+            ]
+            lines.append([model, mode, ranks, tokens, us(even["ours_us"]), *cells])
     if not lines:
         return NOTHING
-    return table(["shape", "ranks", "tokens a rank", "even us", *(f"{s:g}x" for s in skews)], lines)
+    heads = ["shape", "scaling", "ranks", "tokens", "even us", *(f"{s:g}x" for s in skews)]
+    return table(heads, lines, left=2)
 
 
 def strong(data: Data) -> str:

@@ -346,7 +346,8 @@ class Case:
 
     weak: ``tokens`` on every rank, and ``rank_experts`` experts; strong: ``tokens`` on all ranks
     together, and the model's experts. ``model`` is as in ``model_shape``, the skew the hottest
-    expert's rows over the mean.
+    expert's rows over the mean; what it comes to is in the results, since an expert can get no more
+    than every token.
     """
 
     model: str
@@ -436,6 +437,7 @@ def result_row(
         "skew": case.skew,
         "rows_busiest_rank": int(load.busiest_rows),
         "experts_hit": int(load.experts_hit.max()),
+        "hottest_over_mean": float(load.expert_rows.max() / load.expert_rows.double().mean()),
         "ours_us": ours_us,
         **{f"{phase}_us": us for phase, us in phases_us.items()},
         **{f"{phase}_floor_us": floors[phase] * 1e6 for phase in PHASES},

@@ -47,6 +47,7 @@ def test_every_point_is_measured_and_written(launch, tmp_path, launcher, ranks):
         )
         all_rows = row["tokens"] * tiny.top_k * (ranks if weak else 1)
         assert all_rows / ranks <= row["rows_busiest_rank"] <= all_rows
+        assert row["hottest_over_mean"] >= 1
         assert row["ours_us"] > row["floor_us"] > 0
         assert row["floor_us"] == max(row["weight_floor_us"], row["flop_floor_us"])
         crossing = row["dispatch_wire_bytes"] + row["combine_wire_bytes"]
