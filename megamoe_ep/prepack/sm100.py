@@ -1,10 +1,10 @@
 """The weights of csrc/gemm/sm100: codes as a checkpoint has them, block scales in tiles.
 
-SM100's block-scaled MMA reads scales in tiles of 128 rows x 4 scales, 512 bytes each; the tiles of the
-same rows follow one another along K. Inside a tile, row r and scale k lie at byte
-(r % 32) * 16 + (r / 32) * 4 + k. Rows and scales are rounded up to whole tiles; padding is zero. An
-expert starts on a tile of its own. csrc/layout/sm100.h says the same for the kernels, and CUTLASS
-calls the layout SFA for one operand and SFB for the other.
+SM100's block-scaled MMA reads scales in tiles of 128 rows x 4 scales, 512 bytes each; the tiles of
+the same rows follow one another along K. Inside a tile, row r and scale k lie at byte
+(r % 32) * 16 + (r / 32) * 4 + k. Rows and scales are rounded up to whole tiles; padding is zero.
+An expert starts on a tile of its own. csrc/layout/sm100.h says the same for the kernels, and
+CUTLASS calls the layout SFA for one operand and SFB for the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The scale-factor layout of SM100: CuTe's, csrc's closed form and remap, and prepack/sm100.py's."""
+"""SM100's scale-factor layout: CuTe's, csrc's closed form and remap, and prepack/sm100.py's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_scale_has_the_byte_that_cute_gives_it(host, rows, ksf):
         assert torch.equal(ours, filtered)
         assert size == cosize  # the allocation
     assert len(ours.unique()) == ours.numel()
-    assert 0 <= int(ours.min())
+    assert int(ours.min()) >= 0
     assert int(ours.max()) < size
     assert torch.equal(sm100.scale_offsets(rows, ksf), ours)
     assert sm100.scale_nbytes(rows, ksf) == size
@@ -62,13 +62,6 @@ def test_the_remaps_put_every_scale_there_and_zero_elsewhere(host, rows, ksf):
         codes = torch.zeros(1, rows, ksf * 8, dtype=torch.uint8)
         _, packed = sm100.pack(codes, scales[None].view(torch.float8_e4m3fn), gated=False)
         assert torch.equal(packed[0], expected)
-
-
-def test_asking_the_layout_for_a_scale_instead_of_an_element_is_another_place(host):
-    """CUTLASS counts K in elements. A test that could not tell the difference would prove little."""
-    asked, _, _ = offsets_of(host, "SFA", 128, 64)
-    wrong = asked[:, torch.arange(64) // 16]
-    assert (wrong != asked).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("gated", [False, True])

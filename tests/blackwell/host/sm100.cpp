@@ -44,12 +44,14 @@ void multiply_group(const Groups& g, int e) {
   auto sfb = scales(g.token_scales[e], g.token_scale_layouts[e]);
   auto d = cute::make_tensor(reinterpret_cast<Out*>(g.out[e]),
                              cute::make_layout(cute::make_shape(m, n, 1), g.out_strides[e]));
+  Out zero{0};  // the reference multiplies beta = 0 with it all the same
+  auto c = cute::make_tensor(&zero, cute::make_layout(d.shape(), cute::repeat_like(d.shape(), cute::_0{})));
   cutlass::reference::host::GettBlockScalingMainloopParams<float, decltype(a), decltype(sfa),
                                                            decltype(b), decltype(sfb)>
       mainloop{a, sfa, b, sfb};
-  cutlass::reference::host::GettBlockScalingEpilogueParams<float, float, float, decltype(d),
+  cutlass::reference::host::GettBlockScalingEpilogueParams<float, float, float, decltype(c),
                                                            decltype(d)>
-      epilogue{g.alphas[e] ? *g.alphas[e] : 1.0f, 0.0f, d, d};
+      epilogue{g.alphas[e] ? *g.alphas[e] : 1.0f, 0.0f, c, d};
   cutlass::reference::host::Gett(mainloop, epilogue);
 }
 
