@@ -198,7 +198,8 @@ class Ceilings:
             on Hopper, where weights are decoded to bf16; NVFP4 on Blackwell.
         peer_bytes_per_s: stores of all SMs into a peer's memory, one way, all ranks at once.
         flag_s: from a store of a flag in a peer's memory until that peer has seen it.
-        launch_s: from kernel to kernel in a CUDA graph, when they have nothing to do.
+        launch_s: from kernel to kernel in a CUDA graph, when each has next to nothing to do on
+            every SM.
         source: where the figures come from.
         domain: ranks that NVLink joins; the others are reached through the network.
         network_bytes_per_s, network_flag_s: the same between domains.
@@ -310,6 +311,7 @@ def phase_floors(
 # Measuring the ceilings
 
 _LAUNCHES = 64
+_LAUNCH_ELEMENTS = 1 << 17  # a block for every SM
 _FLAG_ROUNDS = 50
 
 
@@ -333,11 +335,11 @@ def measure_ceilings(meter: Meter) -> Ceilings:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product_us = meter.median_us(lambda: a @ b, 10)
 
-    one = torch.zeros(1, device=device)
+    few = torch.zeros(_LAUNCH_ELEMENTS if gpu else 1, device=device)
 
     def launches() -> None:
         for _ in range(_LAUNCHES):
-            one.add_(1)
+            few.add_(1)
 
     launch_us = meter.median_us(meter.capture(launches) if gpu else launches, 10) / _LAUNCHES
     copy = 2 * source.nbytes / copy_us * 1e6
