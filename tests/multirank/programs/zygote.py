@@ -7,6 +7,7 @@ answer, the process id. ``argv`` is a Python program and its arguments. All end 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -19,6 +20,8 @@ import megamoe_ep.moe  # noqa: F401  what the ranks would import, torch with it
 def main() -> None:
     die_with(int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for exit codes: none stays a zombie
+    # A rank that ends would otherwise copy all of this process's memory, object by object.
+    gc.freeze()
     me = os.getpid()
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()
