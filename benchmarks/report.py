@@ -67,7 +67,13 @@ class Data:
 
     @cached_property
     def scaling(self) -> list[Row]:
-        return self.rows("scaling")
+        """Points of the scaling benchmark; of those measured more than once the last."""
+        rows = sorted(self.rows("scaling"), key=lambda row: str(row["machine"]["time"]))
+        return list({(row["machine"]["device"], *point(row)): row for row in rows}.values())
+
+
+def point(row: Row) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("shape", "mode", "ranks", "tokens", "combine", "skew"))
 
 
 # Text
@@ -99,9 +105,8 @@ def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def only(rows: Iterable[Row], **wanted: Any) -> Row | None:
-    """The row with these values; of several the one that was measured last."""
-    found = of(rows, **wanted)
-    return max(found, key=lambda row: row["machine"]["time"]) if found else None
+    """The first row with these values."""
+    return next(iter(of(rows, **wanted)), None)
 
 
 NOTHING = "No result file holds any of this yet."
@@ -262,10 +267,9 @@ def rivals(data: Data) -> str:
 
 def launchers(data: Data) -> str:
     """The same points under mpirun and under torchrun."""
-    point = ("shape", "mode", "ranks", "tokens", "combine", "skew")
     found: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in data.scaling:
-        key = (row["machine"]["device"], *(row[name] for name in point))
+    for row in data.rows("scaling"):
+        key = (row["machine"]["device"], *point(row))
         found.setdefault(key, {})[row["machine"]["launcher"]] = row["ours_us"]
     off = [
         abs(by["mpirun"] / by["torchrun"] - 1)
@@ -463,11 +467,11 @@ def latency_plot(data: Data) -> Figure | None:
         x = sorted(floors)
         axes.plot(x, [floors[t] for t in x], ":", color="black", label="floor")
         others = [r for r in data.rows("layer", shape=model, skew=1.0) if r.get("torch_nccl_us")]
-        if others:
-            line = {r["tokens_per_rank"]: r["torch_nccl_us"] for r in others}
+        for number, ranks in enumerate(values(others, "ranks")):
+            line = {r["tokens_per_rank"]: r["torch_nccl_us"] for r in of(others, ranks=ranks)}
             axes.plot(
-                sorted(line), [line[t] for t in sorted(line)], "-", marker="x", ms=5,
-                color="#888888", label="torch + NCCL, bf16",
+                sorted(line), [line[t] for t in sorted(line)], "-", marker="x+*"[number % 3], ms=6,
+                color="#888888", label=f"EP{ranks} torch, bf16",
             )  # fmt: skip
         ticks(axes, values(mine, "tokens"))
         axes.set(title=model, xlabel="tokens a rank", ylabel="latency, us")
