@@ -106,7 +106,7 @@ def _path() -> dict[str, str]:
 
 
 def test_exit_codes_and_output(capfd):
-    body = "import os, sys; print('rank', os.environ['RANK'], flush=True); sys.exit({code})"
+    body = "import os, sys; os.write(1, b'rank %s\\n' % os.environb[b'RANK']); sys.exit({code})"
     argv = [sys.executable, "-c", body.format(code="int(os.environ['RANK']) * 0")]
     assert spawn_ranks(argv, 3, timeout_s=30) == [0, 0, 0]
     assert sorted(capfd.readouterr().out.split("\n")) == ["", "rank 0", "rank 1", "rank 2"]
@@ -145,28 +145,29 @@ def test_no_orphans_however_the_parent_ends(how):
         # A shell that runs the tests in the background has SIGINT ignored.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from megamoe_ep.bootstrap import spawn_ranks\n"
-        "spawn_ranks([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True);"
-        "time.sleep(600)'], 2, timeout_s=600)"
+        "one_write = 'import os, time; os.write(1, b\"%d\\\\n\" % os.getpid()); time.sleep(600)'\n"
+        "spawn_ranks([sys.executable, '-c', one_write], 2, timeout_s=600)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", body],
         env={**os.environ, **_path()},
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert parent.stdout is not None
-    lines = [parent.stdout.readline() for _ in range(2)]
-    assert all(line.strip().isdecimal() for line in lines), [*lines, parent.stdout.read()]
-    children = [int(line) for line in lines]
-    assert all(psutil.pid_exists(child) for child in children)
-    time.sleep(2 if how == signal.SIGINT else 0.1)  # SIGINT must find it waiting, not importing
-    parent.send_signal(how)
-    parent.wait(timeout=20)
-    deadline = time.monotonic() + 10
-    while any(_runs(child) for child in children):
-        assert time.monotonic() < deadline, "a rank outlived the process that started it"
-        time.sleep(0.05)
+    try:
+        assert parent.stdout is not None
+        children = [int(parent.stdout.readline()) for _ in range(2)]
+        assert all(psutil.pid_exists(child) for child in children)
+        time.sleep(2 if how == signal.SIGINT else 0.1)  # SIGINT must find it waiting, not importing
+        parent.send_signal(how)
+        parent.wait(timeout=60)
+        deadline = time.monotonic() + 60
+        while any(_runs(child) for child in children):
+            assert time.monotonic() < deadline, "a rank outlived the process that started it"
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
 
 
 def _runs(pid: int) -> bool:
