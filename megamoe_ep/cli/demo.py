@@ -302,35 +302,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-def traffic(
-    shape: LayerShape, topk_idx: list[torch.Tensor], combine: str
-) -> tuple[Traffic, Traffic]:
-    """Bytes that dispatch and that combine write from each rank to each rank, itself included.
-
-    Args:
-        topk_idx: int32 [n, K] of each rank, by rank.
-    """
-    from megamoe_ep.kernels.portable import travelling_regions
-
-    w = range(shape.world_size)
-    names = [f"recv_{name}" for name in travelling_regions(shape.activation_format, combine)]
-    slots = shape.world_size * shape.max_num_tokens
-    token_nbytes = sum(shape.regions[name].nbytes // slots for name in (*names, "recv_token"))
-    row_nbytes = 2 * shape.hidden_size
-    flag_nbytes = 8
-    dispatched = [[flag_nbytes for _ in w] for _ in w]
-    combined = [[flag_nbytes for _ in w] for _ in w]
-    for source, ids in enumerate(topk_idx):
-        owner = ids // shape.experts_per_rank
-        for expert_rank in w:
-            hits = owner == expert_rank
-            sent = int(hits.any(1).sum())
-            dispatched[source][expert_rank] += sent * token_nbytes
-            back = sent if combine == "fast" else int(hits.sum())
-            combined[expert_rank][source] += back * row_nbytes
-    return dispatched, combined
-
-
 # What rank 0 does with it
 
 
@@ -347,6 +318,7 @@ def _verify(
     from megamoe_ep import reference
     from megamoe_ep.bootstrap import Group
     from megamoe_ep.moe import MegaMoE
+    from megamoe_ep.roofline import Load, bytes_put
     from megamoe_ep.weights import read_modelopt_experts
 
     inputs = [inputs_of(shape, rank, options.tokens) for rank in range(group.world_size)]
@@ -374,7 +346,8 @@ def _verify(
     repeatable = all(report.repeatable for report in reports)
     equal = same_bits(y, one_rank.cpu())
 
-    dispatched, combined = traffic(shape, ids, options.combine)
+    put = bytes_put(shape, Load.of(shape, ids), options.combine)
+    dispatched, combined = put["dispatch"], put["combine"]
     total = [
         [a + b for a, b in zip(*rows, strict=True)]
         for rows in zip(dispatched, combined, strict=True)

@@ -11,8 +11,9 @@ import torch
 
 from megamoe_ep import MegaMoE, get_symm_buffer_for_nvfp4_mega_moe
 from megamoe_ep.bootstrap import Group
-from megamoe_ep.cli.demo import inputs_of, traffic
+from megamoe_ep.cli.demo import inputs_of
 from megamoe_ep.errors import ArgumentError, BufferDestroyedError, LayerMismatchError
+from megamoe_ep.roofline import Load, bytes_put
 from megamoe_ep.weights import random_experts
 
 HIDDEN, INTERMEDIATE, LOCAL_EXPERTS = 64, 32, 2
@@ -114,6 +115,6 @@ def test_bytes_sent_are_those_that_the_demo_shows(ranks, combine, activation_for
         layer = MegaMoE.from_experts(local_experts(ranks), buffer, combine=combine)
         everyone = [inputs_of(buffer.shape, rank, 9) for rank in range(ranks.world_size)]
         layer(*everyone[ranks.rank])
-        dispatched, combined = traffic(buffer.shape, [ids for _, ids, _ in everyone], combine)
-        assert buffer.bytes_put["dispatch"] == dispatched[ranks.rank]
-        assert buffer.bytes_put["combine"] == combined[ranks.rank]
+        load = Load.of(buffer.shape, [ids for _, ids, _ in everyone])
+        for phase, put in bytes_put(buffer.shape, load, combine).items():
+            assert buffer.bytes_put[phase] == put[ranks.rank]

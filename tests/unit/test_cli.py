@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from megamoe_ep import MegaMoE
 from megamoe_ep.bootstrap import Group
 from megamoe_ep.cli import app
-from megamoe_ep.cli.demo import Options, Report, inputs_of, layer_shape, tokens_of, traffic
+from megamoe_ep.cli.demo import Options, Report, inputs_of, layer_shape, tokens_of
 from megamoe_ep.cli.report import bytes_text
 from megamoe_ep.heap import host
 from megamoe_ep.shape import LayerShape
@@ -205,20 +205,6 @@ def test_inputs_are_the_same_for_whoever_makes_them():
         again = inputs_of(shape, rank, 8)
         assert all(torch.equal(a, b) for a, b in zip((x, ids, weights), again, strict=True))
     assert not torch.equal(inputs_of(shape, 0, 8)[0][:2], inputs_of(shape, 1, 8)[0][:2])
-
-
-def test_traffic_by_hand():
-    shape = LayerShape(4, 8, 2, 64, 32, world_size=2)
-    token = 32 + 4 + 4 + 2 * 4 + 4  # codes, block scales, global scale, ids, index
-    ids = [torch.tensor([[0, 1], [1, 2], [-1, -1]]), torch.tensor([[3, -1]])]
-    dispatched, combined = traffic(shape, ids, "exact")
-    assert dispatched == [[8 + 2 * token, 8 + token], [8, 8 + token]]
-    row = 2 * 64
-    assert combined == [[8 + 3 * row, 8], [8 + row, 8 + row]]
-    token += 2 * 4  # weights go along, and a rank's rows of a token come back as one
-    dispatched, combined = traffic(shape, ids, "fast")
-    assert dispatched == [[8 + 2 * token, 8 + token], [8, 8 + token]]
-    assert combined == [[8 + 2 * row, 8], [8 + row, 8 + row]]
 
 
 @pytest.mark.parametrize(
