@@ -16,9 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(doctor)
-app.command()(bench)
+for command in (demo, doctor, bench):
+    app.command()(command)
 
 
 def main() -> None:
