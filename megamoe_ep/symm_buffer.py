@@ -16,7 +16,7 @@ from megamoe_ep.errors import (
     PeerTimeoutError,
 )
 from megamoe_ep.heap import Heap, open_heap
-from megamoe_ep.kernels import open_kernel_state
+from megamoe_ep.kernels import allocate_scratch, open_kernel_state
 from megamoe_ep.shape import ActivationFormat, LayerShape
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class SymmBuffer:
         failure, workspace = "", None
         try:
             workspace = Workspace.allocate(self.shape, self.device)
+            allocate_scratch(workspace, self.shape, self.device)
         except RuntimeError as error:  # torch's for an allocation that fails, on CPU and GPU
             failure = str(error).splitlines()[0]
         failures = self.group.all_gather_object(failure, timeout_s=self.timeout_s)

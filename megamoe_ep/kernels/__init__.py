@@ -17,7 +17,8 @@ import torch
 from megamoe_ep.errors import ArgumentError, UnsupportedDeviceError
 
 if TYPE_CHECKING:
-    from megamoe_ep.symm_buffer import KernelState, SymmBuffer
+    from megamoe_ep.shape import LayerShape
+    from megamoe_ep.symm_buffer import KernelState, SymmBuffer, Workspace
 
 WeightLayout = Literal["portable", "sm90", "sm100"]
 
@@ -73,6 +74,13 @@ def open_kernel_state(buffer: SymmBuffer, comm_sms: int | None) -> KernelState |
         return None
     state: KernelState = module.open_state(buffer, comm_sms)
     return state
+
+
+def allocate_scratch(workspace: Workspace, shape: LayerShape, device: torch.device) -> None:
+    """Allocates what the GEMMs for ``device`` want beside the workspace, if they want anything."""
+    module = gemm_kernels(weight_layout(device))
+    if hasattr(module, "allocate_scratch"):
+        module.allocate_scratch(workspace, shape)
 
 
 @cache

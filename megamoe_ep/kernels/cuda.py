@@ -12,7 +12,7 @@ import math
 import torch
 
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import library
+from megamoe_ep.kernels import WeightLayout, library
 from megamoe_ep.weights import KernelWeights
 
 MAX_EXPERTS = 2048  # their offsets lie in shared memory
@@ -37,16 +37,16 @@ def l1(
             shape, device or alignment than said there.
         LibraryError: csrc's library is missing or stale.
     """
-    _check_weights(weights, gated=True)
+    check_weights(weights, "sm90", gated=True)
     device, experts = weights.codes.device, weights.num_experts
     r = rows.shape[0]
-    _check(rows, "rows", torch.bfloat16, (r, weights.k), device)
-    _check(row_scales, "row_scales", torch.float32, (r,), device)
-    _check(expert_offsets, "expert_offsets", torch.int32, (experts + 1,), device)
-    _check(alpha, "alpha", torch.float32, (experts, 2), device)
+    check_tensor(rows, "rows", torch.bfloat16, (r, weights.k), device)
+    check_tensor(row_scales, "row_scales", torch.float32, (r,), device)
+    check_tensor(expert_offsets, "expert_offsets", torch.int32, (experts + 1,), device)
+    check_tensor(alpha, "alpha", torch.float32, (experts, 2), device)
     if input_scale is not None:
-        _check(input_scale, "input_scale", torch.float32, (experts,), device)
-    _check(out, "out", torch.bfloat16, (r, weights.n // 2), device)
+        check_tensor(input_scale, "input_scale", torch.float32, (experts,), device)
+    check_tensor(out, "out", torch.bfloat16, (r, weights.n // 2), device)
     if r == 0:
         return
     library.load().gemm_sm90_l1(
@@ -85,13 +85,13 @@ def l2(
             shape, device or alignment than said there.
         LibraryError: csrc's library is missing or stale.
     """
-    _check_weights(weights, gated=False)
+    check_weights(weights, "sm90", gated=False)
     device, experts = weights.codes.device, weights.num_experts
     r = h.shape[0]
-    _check(h, "h", torch.bfloat16, (r, weights.k), device)
-    _check(expert_offsets, "expert_offsets", torch.int32, (experts + 1,), device)
-    _check(alpha, "alpha", torch.float32, (experts,), device)
-    _check(out, "out", torch.bfloat16, (r, weights.n), device)
+    check_tensor(h, "h", torch.bfloat16, (r, weights.k), device)
+    check_tensor(expert_offsets, "expert_offsets", torch.int32, (experts + 1,), device)
+    check_tensor(alpha, "alpha", torch.float32, (experts,), device)
+    check_tensor(out, "out", torch.bfloat16, (r, weights.n), device)
     if r == 0:
         return
     library.load().gemm_sm90_l2(
@@ -109,11 +109,12 @@ def l2(
     )
 
 
-def _check_weights(weights: KernelWeights, *, gated: bool) -> None:
-    if weights.layout != "sm90" or weights.gated != gated:
+def check_weights(weights: KernelWeights, layout: WeightLayout, *, gated: bool) -> None:
+    """Raises ArgumentError unless ``weights`` are L1's or L2's in ``layout``, on a GPU."""
+    if weights.layout != layout or weights.gated != gated:
         which = {True: "L1's", False: "L2's"}
         raise ArgumentError(
-            f"weights must be {which[gated]} in layout 'sm90'; got {which[weights.gated]} in "
+            f"weights must be {which[gated]} in layout {layout!r}; got {which[weights.gated]} in "
             f"{weights.layout!r}. Make them with transform_weights_for_nvfp4_mega_moe()."
         )
     if weights.codes.device.type != "cuda":
@@ -125,10 +126,11 @@ def _check_weights(weights: KernelWeights, *, gated: bool) -> None:
         )
 
 
-def _check(
+def check_tensor(
     tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...],
     device: torch.device,
 ) -> None:  # fmt: skip
+    """Raises ArgumentError unless ``tensor`` is of that kind, contiguous, and aligned for TMA."""
     if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
         raise ArgumentError(
             f"{name} must be {dtype} {list(shape)} on {device}; got {tensor.dtype} "
