@@ -54,7 +54,7 @@ def no_ranks(monkeypatch):
 # Help
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("bench",)])
 def test_help(run, command):
     result = run(*command, "--help")
     assert result.exit_code == 0
