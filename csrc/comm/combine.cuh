@@ -93,16 +93,20 @@ __device__ __forceinline__ Sum<kPieces> add_rows(uint32_t slots, const char* row
   return sum;
 }
 
-// How a warp walks over its share of the tokens' rows. Many tokens: a warp takes whole rows. Few:
-// as many warps share a row as there are for it.
+// This warp's shares of so many rows. Few rows: as many warps share a row as there are for it. Many:
+// a warp takes whole rows, which are neighbours; so at any time the warps' rows are those of all
+// ranks, and every link is in use.
 struct Shares {
-  int units;   // shares of all tokens
   int of_row;  // shares of one row
+  int begin, end;
 
-  __device__ __forceinline__ Shares(int tokens, int parts) {
+  __device__ __forceinline__ Shares(int rows, int parts) {
     const int warps = static_cast<int>(warps_of_grid());
-    of_row = max(min(warps / max(tokens, 1), parts), 1);
-    units = tokens * of_row;
+    of_row = max(min(warps / max(rows, 1), parts), 1);
+    const int shares = rows * of_row;
+    const int each = (shares + warps - 1) / warps;
+    begin = min(static_cast<int>(warp_of_grid()) * each, shares);
+    end = min(begin + each, shares);
   }
 };
 
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   let_next_kernel_start();
   wait_for_previous_kernel();
   const uint64_t call = current_call(v);
-  const int64_t rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
+  const int rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
   if (call_failed(v)) return;
 
   const int lane = threadIdx.x % 32;
@@ -138,26 +142,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int max_tokens = static_cast<int>(v.max_tokens);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int parts = (row_bytes + kPart - 1) / kPart;
-  const int64_t units = rows * parts;
-  const int64_t step = warps_of_grid();
+  const Shares shares(rows, parts);
   const int64_t* peers = View::local<const int64_t>(v.peers);
 
-  for (int64_t first = warp_of_grid(); first < units; first += 32 * step) {
-    // Where the next 32 units of this warp go, one a lane: their look-ups overlap.
-    const int64_t mine = first + lane * step;
+  for (int first = shares.begin; first < shares.end; first += 32) {
+    // Where the next 32 shares of this warp go, one a lane: their look-ups overlap.
+    const int mine = first + lane;
     int64_t to = 0;
-    if (mine < units) {
-      const Slot s = slot_at(View::local<const int32_t>(v.row_slot)[mine / parts], max_tokens, top_k);
+    if (mine < shares.end) {
+      const Slot s = slot_at(View::local<const int32_t>(v.row_slot)[mine / shares.of_row],
+                             max_tokens, top_k);
       const int64_t token = static_cast<int>(
           load_4(v.mine<const int32_t>(v.recv_token) + s.source * v.max_tokens + s.index));
       to = peers[s.source] + v.home_rows + home_row(token, top_k, s.slot) * row_bytes;
     }
-    for (int i = 0; i < 32 && first + i * step < units; ++i) {
-      const int64_t unit = first + i * step;
-      const int part = static_cast<int>(unit % parts);
+    for (int i = 0; i < min(32, shares.end - first); ++i) {
+      const int64_t row = (first + i) / shares.of_row;
+      const char* from = View::local<const char>(v.rows) + row * row_bytes;
       char* there = View::local<char>(__shfl_sync(~0u, to, i));
-      copy_row(View::local<const char>(v.rows) + unit / parts * row_bytes, row_bytes, part * kPart,
-               min(row_bytes, (part + 1) * kPart), lane, [&](auto&& store) { store(there); });
+      for (int part = (first + i) % shares.of_row; part < parts; part += shares.of_row) {
+        copy_row(from, row_bytes, part * kPart, min(row_bytes, (part + 1) * kPart), lane,
+                 [&](auto&& store) { store(there); });
+      }
     }
   }
   raise_combine_flags(v, call, static_cast<uint32_t>(rows), reinterpret_cast<uint32_t*>(shared));
@@ -175,9 +181,8 @@ __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
   const int64_t* peers = View::local<const int64_t>(v.peers);
   const char* rows = View::local<const char>(v.rows);
 
-  const int step = static_cast<int>(warps_of_grid());
-  for (int unit = static_cast<int>(warp_of_grid()); unit < shares.units; unit += step) {
-    const Received r = received_token(prefix, ranks, unit / shares.of_row);
+  for (int share = shares.begin; share < shares.end; ++share) {
+    const Received r = received_token(prefix, ranks, share / shares.of_row);
     const int64_t block = r.source * v.max_tokens + r.index;
     int row = -1;
     int owner = -1;
@@ -194,7 +199,7 @@ __device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
     const uint32_t slots = __ballot_sync(~0u, row >= 0);
     char* to = View::at<char>(peers[r.source], v.home_rows) +
                home_row(token, top_k, ordinal) * row_bytes;
-    for (int part = unit % shares.of_row; part < parts; part += shares.of_row) {
+    for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
       const int first = part * 32 * kPieces + lane;
       add_rows<true, kPieces, kRows>(slots, rows, row, weight, first, pieces)
           .store(to, first, pieces);
@@ -228,9 +233,8 @@ __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
   const Shares shares(n, parts);
   const char* home_rows = v.mine<const char>(v.home_rows);
 
-  const int step = static_cast<int>(warps_of_grid());
-  for (int unit = static_cast<int>(warp_of_grid()); unit < shares.units; unit += step) {
-    const int64_t token = unit / shares.of_row;
+  for (int share = shares.begin; share < shares.end; ++share) {
+    const int64_t token = share / shares.of_row;
     int owner = -1;
     float weight = 0.f;
     if (lane < top_k) {
@@ -245,7 +249,7 @@ __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
       rows = owners == 32 ? ~0u : lanes_below(owners);
     }
     const int row = static_cast<int>(home_row(token, top_k, lane));
-    for (int part = unit % shares.of_row; part < parts; part += shares.of_row) {
+    for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
       const int first = part * 32 * kPieces + lane;
       add_rows<kExact, kPieces, kRows>(rows, home_rows, row, weight, first, pieces)
           .store(y + token * row_bytes, first, pieces);

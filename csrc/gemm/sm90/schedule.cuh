@@ -31,32 +31,36 @@ struct Tile {
   int expert;
   int first_row;    // of the token tile
   int end_row;      // of the expert's rows
-  int width;        // tokens, end_row or not
   int weight_tile;
 };
 
 // Walks through one block's tiles. offsets[L + 1] are the experts' first rows, first_tiles[L + 1]
-// the sums of their token tiles.
+// the sums of their token tiles. Little is kept, since it is kept in registers: what belongs to a
+// tile is worked out when it is asked for.
 class Walk {
  public:
   MEGAMOE_HD Walk(const int* offsets, const int* first_tiles, int experts, int weight_tiles,
                   int block)
       : offsets_(offsets), first_tiles_(first_tiles), experts_(experts),
-        weight_tiles_(weight_tiles), next_(block) {}
+        weight_tiles_(weight_tiles), index_(block) {}
 
-  MEGAMOE_HD bool next(int blocks, Tile& tile) {
-    while (expert_ < experts_ && next_ >= first_tiles_[expert_ + 1] * weight_tiles_) ++expert_;
-    if (expert_ == experts_) return false;
+  // Whether there is a tile here.
+  MEGAMOE_HD bool valid() {
+    while (expert_ < experts_ && index_ >= first_tiles_[expert_ + 1] * weight_tiles_) ++expert_;
+    return expert_ < experts_;
+  }
+
+  MEGAMOE_HD void advance(int blocks) { index_ += blocks; }
+
+  MEGAMOE_HD int width() const {
+    return tile_width(offsets_[expert_ + 1] - offsets_[expert_]);
+  }
+
+  MEGAMOE_HD Tile tile() const {
     const int tiles = first_tiles_[expert_ + 1] - first_tiles_[expert_];
-    const int index = next_ - first_tiles_[expert_] * weight_tiles_;
-    const int first = offsets_[expert_];
-    tile.expert = expert_;
-    tile.end_row = offsets_[expert_ + 1];
-    tile.width = tile_width(tile.end_row - first);
-    tile.weight_tile = index / tiles;
-    tile.first_row = first + index % tiles * tile.width;
-    next_ += blocks;
-    return true;
+    const int index = index_ - first_tiles_[expert_] * weight_tiles_;
+    return {expert_, offsets_[expert_] + index % tiles * width(), offsets_[expert_ + 1],
+            index / tiles};
   }
 
  private:
@@ -64,7 +68,7 @@ class Walk {
   const int* first_tiles_;
   int experts_;
   int weight_tiles_;
-  int next_;
+  int index_;
   int expert_ = 0;
 };
 

@@ -1,0 +1,200 @@
+// From a warpgroup's accumulators, 128 weight rows x N tokens, to rows of bf16 in device memory.
+//
+// A thread holds, for m64 block mb, rows r and r + 8 (r = 16 * warp + lane / 4) at tokens
+// 8j + 2 * (lane % 4) and the next. Sixteen tokens at a time are transposed through shared memory and
+// leave as one bulk copy a token: 256 bytes for L2; for L1, whose rows r and r + 8 are gate and up of
+// one output, 128.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cutlass/arch/barrier.h>
+
+#include <cstdint>
+
+#include "gemm/sm90/decode.cuh"
+#include "gemm/sm90/pipeline.cuh"
+
+namespace megamoe::sm90 {
+
+constexpr int kChunk = 16;                            // tokens transposed at a time
+constexpr int kStagedRow = 2 * kSlabRows + 16;        // bytes; the 16 keep banks apart
+constexpr int kStagingBytes = 2 * kChunk * kStagedRow;  // of a warpgroup: two chunks in turn
+constexpr int kWarpgroup = 128;
+
+struct Outputs {
+  __nv_bfloat16* out;        // [R, row_elements]
+  int64_t row_elements;
+  const float* alpha;        // L1: [L, 2]; L2: [L]
+  const float* input_scale;  // L1: [L], or null
+  float clamp;               // L1; infinity for none
+};
+
+struct Staging {
+  uint32_t memory;     // shared address, kStagingBytes of this warpgroup
+  const float* scales; // shared: global scale of each of the tile's rows (L1)
+  int barrier;         // named barrier of this warpgroup
+};
+
+__device__ __forceinline__ void meet(const Staging& s) {
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, s.barrier);
+}
+
+// This thread's number in the block, read anew: what is worked out from it is not kept in registers
+// while the accumulators need them.
+__device__ __forceinline__ int thread_read_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+// Four 8x8 matrices of bf16, each transposed: lanes 8m to 8m + 7 say where matrix m's rows go.
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   address),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
+// silu(gate) * up. NaN in gives NaN out, as clamps by comparison let it through.
+__device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
+  gate = gate > clamp ? clamp : gate;
+  up = up > clamp ? clamp : up < -clamp ? -clamp : up;
+  float exponential, inverse;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(exponential) : "f"(gate * -1.442695040888963f));
+  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + exponential));
+  return gate * inverse * up;
+}
+
+// Nearest E2M1 value of x, ties to the even code, saturating: adding a number whose last bit is worth
+// one step rounds to that step.
+__device__ __forceinline__ float round_e2m1(float x) {
+  constexpr float kHalfSteps = 0x1.8p22f;
+  const float m = fabsf(x);
+  const float anchor = m < 2.0f ? kHalfSteps : m < 4.0f ? 2.0f * kHalfSteps : 4.0f * kHalfSteps;
+  return copysignf(fminf((m + anchor) - anchor, 6.0f), x);
+}
+
+// Requantises blocks of 16 outputs: two in this thread, the others in the lanes that differ in bits
+// 2 to 4. As megamoe_ep/nvfp4.py does, but for the product with a reciprocal.
+__device__ __forceinline__ void requantise(float& a, float& b, float global_scale) {
+  uint32_t largest = max(__float_as_uint(fabsf(a)), __float_as_uint(fabsf(b)));
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) {
+    largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
+  }
+  const float quotient = __fdividef(__uint_as_float(largest), 6.0f * global_scale);
+  const __nv_fp8_e4m3 rounded(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
+  const float scale =
+      largest < 0x7F800000u ? static_cast<float>(rounded) : __uint_as_float(0x7FC00000u);
+  float inverse;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale * global_scale));
+  a = round_e2m1(a * inverse) * scale;
+  b = round_e2m1(b * inverse) * scale;
+}
+
+// Stores this warpgroup's outputs of slab `slab` for tokens first_row to end_row, at most N of them.
+template <int N, bool kGated>
+__device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outputs& o,
+                                              const Staging& s, int expert, int slab,
+                                              int first_row, int end_row) {
+  constexpr int kTokens = N < kChunk ? N : kChunk;
+  constexpr int kMatrices = kTokens / 8;  // along the tokens
+  constexpr int kRowBytes = kGated ? kSlabRows : 2 * kSlabRows;
+  const int thread = thread_read_anew() % kWarpgroup;
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+
+  float alpha[2], global_scale = 0;
+  alpha[0] = (kGated ? o.alpha[2 * expert] : o.alpha[expert]) * kUnscale;
+  alpha[1] = kGated ? o.alpha[2 * expert + 1] * kUnscale : alpha[0];
+  const bool quantised = kGated && o.input_scale != nullptr;
+  if (quantised) global_scale = o.input_scale[expert];
+
+#pragma unroll
+  for (int chunk = 0; chunk < N / kTokens; ++chunk) {
+    const uint32_t staged = s.memory + (chunk % 2) * kChunk * kStagedRow;
+    // Earlier copies have to be through with this half; a tile may begin where the last one ended.
+    if (thread < kChunk) {
+      if (chunk == 0) {
+        wait_stores_read<0>();
+      } else {
+        wait_stores_read<1>();
+      }
+    }
+    meet(s);
+
+    uint32_t pairs[2][kMatrices][kGated ? 1 : 2];  // [mb][8 tokens][rows r, r + 8]
+#pragma unroll
+    for (int j = 0; j < kMatrices; ++j) {
+      const int column = chunk * kTokens + 8 * j;
+      if constexpr (kGated) {
+        float h[2][2];  // [mb][token]
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const float row_scale = s.scales[column + 2 * (lane % 4) + t];
+#pragma unroll
+          for (int mb = 0; mb < 2; ++mb) {
+            const float gate = acc[mb][column / 2 + t] * row_scale * alpha[0];
+            const float up = acc[mb][column / 2 + 2 + t] * row_scale * alpha[1];
+            h[mb][t] = swiglu(gate, up, o.clamp);
+          }
+          if (quantised) requantise(h[0][t], h[1][t], global_scale);
+        }
+#pragma unroll
+        for (int mb = 0; mb < 2; ++mb) pairs[mb][j][0] = pair_of(h[mb][0], h[mb][1]);
+      } else {
+#pragma unroll
+        for (int mb = 0; mb < 2; ++mb) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float* two = &acc[mb][column / 2 + 2 * half];
+            pairs[mb][j][half] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
+          }
+        }
+      }
+    }
+
+    // Where a lane's matrix row goes: token lane % 8, and 16 bytes of outputs.
+    const int matrix = lane / 8;
+    if constexpr (kGated) {
+      // Outputs of a warp: 16, those of mb = 0 first. Matrices: mb, then tokens.
+      const int mb = matrix % 2;
+      const int j = kMatrices == 2 ? matrix / 2 : 0;
+      const uint32_t to = staged + (8 * j + lane % 8) * kStagedRow + 32 * warp + 16 * mb;
+      const uint32_t four[4] = {pairs[0][0][0], pairs[1][0][0], pairs[0][kMatrices - 1][0],
+                                pairs[1][kMatrices - 1][0]};
+      store_transposed(to, four);  // for 8 tokens, the same twice
+    } else {
+#pragma unroll
+      for (int j = 0; j < kMatrices; ++j) {
+        const int mb = matrix / 2;
+        const int half = matrix % 2;
+        const uint32_t to =
+            staged + (8 * j + lane % 8) * kStagedRow + 128 * mb + 32 * warp + 16 * half;
+        const uint32_t four[4] = {pairs[0][j][0], pairs[0][j][1], pairs[1][j][0], pairs[1][j][1]};
+        store_transposed(to, four);
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    meet(s);
+    if (thread < kTokens) {
+      const int row = first_row + chunk * kTokens + thread;
+      if (row < end_row) {
+        char* to = reinterpret_cast<char*>(o.out + row * o.row_elements) +
+                   static_cast<int64_t>(slab) * kRowBytes;
+        store_bulk(to, staged + thread * kStagedRow, kRowBytes);
+      }
+      commit_stores();
+    }
+  }
+}
+
+}  // namespace megamoe::sm90

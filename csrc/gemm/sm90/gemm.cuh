@@ -1,0 +1,383 @@
+// The grouped GEMM of one projection on Hopper: out[r, :] = epilogue(W[expert of r] x[r, :]).
+//
+// Reads: tokens bf16 [R, K] by expert, left by dispatch (L1) or by L1 (L2); packed weights; the
+// experts' first rows, which only the device knows. Writes: rows of bf16, of tokens alone.
+// Floor: max(weight bytes of experts with rows / memory bandwidth, 2 R N K / bf16 rate).
+//
+// One block an SM. A producer warp copies k64 blocks into a ring of stages. Two consumer warpgroups,
+// 128 weight rows each, decode weights from shared memory into registers and multiply them with the
+// tokens in shared memory; they decode one group of k16 steps while wgmma works on the one before.
+// An output is summed over k in one order, whatever the tile's width and whoever its neighbours are.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "dependent_launch.cuh"
+#include "gemm/sm90/decode.cuh"
+#include "gemm/sm90/epilogue.cuh"
+#include "gemm/sm90/mma.cuh"
+#include "gemm/sm90/pipeline.cuh"
+#include "gemm/sm90/schedule.cuh"
+
+namespace megamoe::sm90 {
+
+constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kConsumerWarps = 8;
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+
+// Two maps of the same tokens, for boxes of 16 and of 64 rows, each 64 of k wide.
+struct TokenMaps {
+  CUtensorMap rows16;
+  CUtensorMap rows64;
+};
+
+struct Problem {
+  const uint8_t* weights;   // [L, N/128, K/64, kSlabBlockBytes]
+  const int32_t* offsets;   // [L + 1]
+  const float* row_scales;  // [R], L1 only
+  Outputs outputs;
+  int experts;
+  int n;
+  int k;
+};
+
+struct Shared {
+  uint8_t ring[kRingBytes];
+  uint8_t staging[2][kStagingBytes];  // of each consumer warpgroup
+  float scales[2][kMaxTokens];        // of its tile's rows
+  Barriers barriers;
+  int widest;                         // tile
+  int plan[1];                        // offsets[L + 1], first_tiles[L + 1]
+};
+
+MEGAMOE_HD int shared_bytes(int experts) {
+  return static_cast<int>(sizeof(Shared)) + 8 * (experts + 1);
+}
+
+// TMA's 128-byte swizzle repeats every 1024 bytes.
+extern __shared__ __align__(1024) uint8_t shared_memory[];
+
+__device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(shared_memory); }
+
+// k16 steps of a group: wide tiles leave registers for fewer fragments.
+template <int N>
+constexpr int kSteps = N <= 96 ? 4 : N <= 144 ? 2 : 1;
+
+// Codes and scales of one thread for a k64 block of 128 rows.
+struct Packed {
+  uint4 codes[2];
+  uint4 scales;
+
+  __device__ __forceinline__ void load(uint32_t slab_block) {
+    const uint32_t thread = threadIdx.x % kWarpgroup;
+    codes[0] = load_shared_16(slab_block + 16 * thread);
+    codes[1] = load_shared_16(slab_block + 2048 + 16 * thread);
+    scales = load_shared_16(slab_block + kScalesAt + 16 * (thread / 4));
+  }
+
+  template <int step>
+  __device__ __forceinline__ uint32_t word(int mb) const {
+    const uint4& c = codes[mb];
+    return step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
+  }
+
+  template <int step>
+  __device__ __forceinline__ uint32_t scale_word(int mb) const {
+    return step < 2 ? (mb ? scales.z : scales.x) : (mb ? scales.w : scales.y);
+  }
+};
+
+__device__ __forceinline__ uint32_t product(uint32_t codes, __nv_bfloat162 scale) {
+  __nv_bfloat162 pair;
+  memcpy(&pair, &codes, 4);
+  pair = __hmul2(pair, scale);
+  memcpy(&codes, &pair, 4);
+  return codes;
+}
+
+template <int step>
+__device__ __forceinline__ void decode(const Packed& packed, int mb, uint32_t (&a)[4]) {
+  const uint32_t word = packed.word<step>(mb);
+  const uint32_t scales = scales_of<step % 2>(packed.scale_word<step>(mb));
+  __nv_bfloat162 both;
+  memcpy(&both, &scales, 4);
+  const __nv_bfloat162 r0 = __low2bfloat162(both);
+  const __nv_bfloat162 r8 = __high2bfloat162(both);
+  a[0] = product(codes_of<0>(word), r0);
+  a[1] = product(codes_of<1>(word), r8);
+  a[2] = product(codes_of<2>(word), r0);
+  a[3] = product(codes_of<3>(word), r8);
+}
+
+template <int first, int count>
+__device__ __forceinline__ void decode_group(const Packed& packed,
+                                             uint32_t (&fragments)[count][2][4]) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((decode<first + i>(packed, 0, fragments[i][0]), decode<first + i>(packed, 1, fragments[i][1])),
+     ...);
+  }(std::make_integer_sequence<int, count>());
+}
+
+// Lets the producer have a stage back, once every consumer warp has said so.
+__device__ __forceinline__ void release(uint32_t empty) {
+  if (threadIdx.x % 32 == 0) arrive(empty);
+}
+
+// Sums a tile over all of k; the warpgroup's weights are slab `half` of each stage.
+template <int N>
+__device__ __forceinline__ void accumulate(float (&acc)[2][N / 2], Ring& ring, int k_blocks,
+                                           int half) {
+  constexpr int kPerGroup = kSteps<N>;
+  constexpr int kGroups = 4 / kPerGroup;
+  uint32_t fragments[2][kPerGroup][2][4];
+  Packed packed;
+
+#pragma unroll
+  for (int mb = 0; mb < 2; ++mb) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) acc[mb][i] = 0;
+  }
+  ring.wait_full();
+  packed.load(ring.weights() + half * kSlabBlockBytes);
+  decode_group<0, kPerGroup>(packed, fragments[0]);
+
+  // K is a multiple of 128: two blocks a turn, so that the fragments' turns are known here.
+#pragma unroll 1
+  for (int pair = 0; pair < k_blocks; pair += 2) {
+    [&]<int... g>(std::integer_sequence<int, g...>) {
+      (([&] {
+         constexpr int turn = g % 2;
+         constexpr int in_block = g % kGroups;
+         const uint64_t tokens =
+             token_descriptor(ring.tokens()) + in_block * kPerGroup * (32 >> 4);
+         pin(acc[0]);
+         pin(acc[1]);
+         cute::warpgroup_arrive();
+#pragma unroll
+         for (int i = 0; i < kPerGroup; ++i) {
+           multiply_add<N>(acc[0], fragments[turn][i][0], tokens + i * (32 >> 4));
+           multiply_add<N>(acc[1], fragments[turn][i][1], tokens + i * (32 >> 4));
+         }
+         cute::warpgroup_commit_batch();
+         // While that goes on; the group before it is over.
+         if constexpr (in_block + 1 < kGroups) {
+           decode_group<(in_block + 1) * kPerGroup, kPerGroup>(packed, fragments[turn ^ 1]);
+           cute::warpgroup_wait<0>();
+         } else {
+           const uint32_t empty = ring.empty();
+           ring.advance();
+           if (g + 1 < 2 * kGroups || pair + 2 < k_blocks) {
+             ring.wait_full();
+             packed.load(ring.weights() + half * kSlabBlockBytes);
+           }
+           // After the last block too, for nothing: fragments that only some paths define would
+           // count as live everywhere.
+           decode_group<0, kPerGroup>(packed, fragments[turn ^ 1]);
+           cute::warpgroup_wait<0>();
+           release(empty);
+         }
+       }()),
+       ...);
+    }(std::make_integer_sequence<int, 2 * kGroups>());
+  }
+  pin(acc[0]);
+  pin(acc[1]);
+}
+
+// The copies of one tile's k64 blocks.
+struct Feed {
+  const uint8_t* weights;  // of the tile's first slab
+  int64_t slab_bytes;
+  int slabs;               // 1 or 2
+  int width;
+  int first_row;
+
+  __device__ Feed(const Problem& p, const Walk& walk) : width(walk.width()) {
+    const Tile tile = walk.tile();
+    const int all_slabs = p.n / kSlabRows;
+    slab_bytes = static_cast<int64_t>(p.k / kBlockK) * kSlabBlockBytes;
+    slabs = min(2, all_slabs - 2 * tile.weight_tile);
+    weights = p.weights +
+              (static_cast<int64_t>(tile.expert) * all_slabs + 2 * tile.weight_tile) * slab_bytes;
+    first_row = tile.first_row;
+  }
+
+  __device__ __forceinline__ void weights_into(const Ring& to, int block) const {
+    arrive_and_expect(to.full(), slabs * kSlabBlockBytes + max(width, 16) * kTokenBytes);
+    const uint8_t* from = weights + block * kSlabBlockBytes;
+    copy_bulk(to.weights(), from, kSlabBlockBytes, to.full(), kEvictFirst);
+    if (slabs == 2) {
+      copy_bulk(to.weights() + kSlabBlockBytes, from + slab_bytes, kSlabBlockBytes, to.full(),
+                kEvictFirst);
+    }
+  }
+
+  __device__ __forceinline__ void tokens_into(const Ring& to, const TokenMaps& maps,
+                                              int block) const {
+    int row = 0;
+#pragma unroll 1
+    for (; row + 64 <= width; row += 64) {
+      copy_box(to.tokens() + row * kTokenBytes, &maps.rows64, block * kBlockK, first_row + row,
+               to.full(), kEvictLast);
+    }
+#pragma unroll 1
+    for (; row < width; row += 16) {
+      copy_box(to.tokens() + row * kTokenBytes, &maps.rows16, block * kBlockK, first_row + row,
+               to.full(), kEvictLast);
+    }
+  }
+};
+
+template <bool kGated>
+__device__ __forceinline__ void produce(const Problem& p, const TokenMaps& maps, Ring ring,
+                                        Walk walk) {
+  const int k_blocks = p.k / kBlockK;
+  if (!walk.valid()) return;
+  int ahead = 0;  // blocks of the first tile whose weights are on their way
+  if constexpr (!kGated) {
+    // L1 may still be at work; weights do not wait for it.
+    const Feed feed(p, walk);
+    Ring to = ring;
+    for (; ahead < min(ring.stages(), k_blocks); ++ahead) {
+      feed.weights_into(to, ahead);
+      to.advance();
+    }
+    wait_for_previous_kernel();
+  }
+  do {
+    const Feed feed(p, walk);
+#pragma unroll 1
+    for (int block = 0; block < k_blocks; ++block) {
+      if (block >= ahead) {
+        ring.wait_empty();
+        feed.weights_into(ring, block);
+      }
+      feed.tokens_into(ring, maps, block);
+      ring.advance();
+    }
+    ahead = 0;
+    walk.advance(gridDim.x);
+  } while (walk.valid());
+}
+
+// One tile of this warpgroup's half of the weights.
+template <int N, bool kGated>
+__device__ __forceinline__ void consume(const Problem& p, Ring& ring, const Walk& walk) {
+  float acc[2][N / 2];
+  accumulate<N>(acc, ring, p.k / kBlockK, thread_read_anew() / kWarpgroup);
+  const Tile tile = walk.tile();
+  const int half = thread_read_anew() / kWarpgroup;
+  const Staging staging = {shared_address(shared().staging[half]), shared().scales[half], 1 + half};
+  store_outputs<N, kGated>(acc, p.outputs, staging, tile.expert, 2 * tile.weight_tile + half,
+                           tile.first_row, tile.end_row);
+}
+
+// Comparisons one after another, as ptxas gives up overlapping wgmma where it sees a jump table.
+template <bool kGated, int N, int... kWider>
+__device__ __forceinline__ void consume_width(const Problem& p, Ring& ring, const Walk& walk,
+                                              int width) {
+  if (width <= N) {
+    consume<N, kGated>(p, ring, walk);
+  } else if constexpr (sizeof...(kWider) > 0) {
+    consume_width<kGated, kWider...>(p, ring, walk, width);
+  }
+}
+
+template <bool kGated>
+__device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk walk, int half) {
+  const int thread = threadIdx.x % kWarpgroup;
+  for (; walk.valid(); walk.advance(gridDim.x)) {
+    const int width = walk.width();
+    {
+      const Tile tile = walk.tile();
+      if (2 * tile.weight_tile + half >= p.n / kSlabRows) {
+        for (int b = 0; b < p.k / kBlockK; ++b) {
+          ring.wait_full();
+          release(ring.empty());
+          ring.advance();
+        }
+        continue;
+      }
+      if constexpr (kGated) {
+        // Everyone is through with the last tile's scales at the last barrier of its epilogue.
+        for (int t = thread; t < width; t += kWarpgroup) {
+          const int row = tile.first_row + t;
+          shared().scales[half][t] = row < tile.end_row ? p.row_scales[row] : 0.0f;
+        }
+      }
+    }
+    consume_width<kGated, 8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176>(p, ring, walk, width);
+  }
+  if (thread < kChunk) wait_stores_done();
+}
+
+// first_tiles[L + 1] from offsets[L + 1]; returns the widest tile's width. By one warp.
+__device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int experts) {
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  int widest = 8;
+  if (lane == 0) first_tiles[0] = 0;
+  for (int base = 0; base < experts; base += 32) {
+    const int e = base + lane;
+    const int rows = e < experts ? offsets[e + 1] - offsets[e] : 0;
+    int tiles = token_tiles(rows);
+    widest = max(widest, tile_width(rows));
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, tiles, step);
+      if (lane >= step) tiles += other;
+    }
+    if (e < experts) first_tiles[e + 1] = sum + tiles;
+    sum += __shfl_sync(~0u, tiles, 31);
+  }
+  return __reduce_max_sync(~0u, widest);
+}
+
+template <bool kGated>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_gemm(const __grid_constant__ Problem p, const __grid_constant__ TokenMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const uint32_t barriers = shared_address(&shared().barriers);
+  int* offsets = shared().plan;
+  int* first_tiles = offsets + p.experts + 1;
+
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows16));
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows64));
+    for (int s = 0; s < kMaxStages; ++s) {
+      init_barrier(barriers + 8 * s, 1);
+      init_barrier(barriers + 8 * (kMaxStages + s), kConsumerWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
+  // done: the offsets are there, the tokens may not be.
+  if constexpr (kGated) wait_for_previous_kernel();
+  let_next_kernel_start();
+  for (int e = threadIdx.x; e <= p.experts; e += kThreads) offsets[e] = p.offsets[e];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int width = plan(offsets, first_tiles, p.experts);
+    if (threadIdx.x == 0) shared().widest = width;
+  }
+  __syncthreads();
+
+  const int weight_tiles = ceil_div(p.n, kWeightRows);
+  const Walk walk(offsets, first_tiles, p.experts, weight_tiles, static_cast<int>(blockIdx.x));
+  const Ring ring(shared_address(shared().ring), barriers, shared().widest);
+  if (warpgroup == 2) {
+    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if (threadIdx.x == 2 * kWarpgroup) produce<kGated>(p, maps, ring, walk);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    consume_all<kGated>(p, ring, walk, warpgroup);
+  }
+#endif
+}
+
+}  // namespace megamoe::sm90

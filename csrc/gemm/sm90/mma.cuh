@@ -1,0 +1,59 @@
+// wgmma with weights from registers and tokens from shared memory, for every tile width.
+#pragma once
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+#include <cute/arch/mma_sm90_gmma.hpp>
+
+#include <cstdint>
+#include <utility>
+
+namespace megamoe::sm90 {
+
+namespace gmma = cute::SM90::GMMA;
+
+// The atom of 64 weight rows, N tokens and 16 of k.
+template <int N>
+struct Atom;
+#define MEGAMOE_ATOM(N)                                                                            \
+  template <>                                                                                      \
+  struct Atom<N> {                                                                                 \
+    using Type = gmma::MMA_64x##N##x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K>;             \
+  };
+MEGAMOE_ATOM(8)
+MEGAMOE_ATOM(16)
+MEGAMOE_ATOM(32)
+MEGAMOE_ATOM(48)
+MEGAMOE_ATOM(64)
+MEGAMOE_ATOM(80)
+MEGAMOE_ATOM(96)
+MEGAMOE_ATOM(112)
+MEGAMOE_ATOM(128)
+MEGAMOE_ATOM(144)
+MEGAMOE_ATOM(160)
+MEGAMOE_ATOM(176)
+#undef MEGAMOE_ATOM
+
+// Tokens as TMA leaves them with 128-byte swizzle: rows of 64 bf16, eight of them to a pattern.
+__device__ __forceinline__ uint64_t token_descriptor(uint32_t shared_address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kPatternStride = uint64_t{1024 >> 4} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;
+  return kSwizzle128 | kPatternStride | kUnused | (shared_address & 0x3FFFF) >> 4;
+}
+
+template <int N>
+__device__ __forceinline__ void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[4],
+                                             uint64_t tokens) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    Atom<N>::Type::fma(a[0], a[1], a[2], a[3], tokens, acc[i]...);
+  }(std::make_index_sequence<N / 2>());
+}
+
+// Keeps the compiler from moving what touches the accumulators across this point.
+template <int Size>
+__device__ __forceinline__ void pin(float (&acc)[Size]) {
+#pragma unroll
+  for (int i = 0; i < Size; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+
+}  // namespace megamoe::sm90
