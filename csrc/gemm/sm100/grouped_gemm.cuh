@@ -8,6 +8,9 @@
 //   narrow   1 SM    128 x 64 tile     few tokens: every weight is read once, as fast as memory can
 //   wide     2 SMs   256 x 256 tile    many tokens: each operand is read from L2 half as often
 //
+// Accumulators go from tensor memory through registers straight to device memory, 32 outputs of a token
+// at a time: no tensor map of D to change from expert to expert, and a fifth less memory to compile.
+//
 // How many tokens an expert has is read on the device: shapes, pointers and strides of every group
 // come from the arrays that prepare.cuh writes.
 // Floor: bytes of weights over memory bandwidth, or 2 n k tokens over the rate of NVFP4 MMAs.
@@ -35,14 +38,14 @@ struct Narrow {
   using Tile = cute::Shape<cute::_128, cute::_64, cute::_256>;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   using Mainloop = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmNvf4Sm100;
-  using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm;
+  using Epilogue = cutlass::epilogue::PtrArrayNoSmemWarpSpecialized1Sm;
 };
 
 struct Wide {
   using Tile = cute::Shape<cute::_256, cute::_256, cute::_256>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Mainloop = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized2SmNvf4Sm100;
-  using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecialized2Sm;
+  using Epilogue = cutlass::epilogue::PtrArrayNoSmemWarpSpecialized2Sm;
 };
 
 // Out: float or cutlass::bfloat16_t.

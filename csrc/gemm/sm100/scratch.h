@@ -26,7 +26,7 @@ struct Scratch {
 };
 
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kWorkspacePerSm = 5 * 128;  // A, B, their scales, D; checked by the dry run
+constexpr int64_t kWorkspacePerSm = 4 * 128;  // maps of A, B and their scales; see scratch_bytes
 
 // Where everything lies from address `memory`, a multiple of 256, on; with 0, how much there is.
 inline Scratch lay_out_scratch(int64_t memory, const Sizes& s) {
