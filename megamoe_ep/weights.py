@@ -649,7 +649,7 @@ def _index(source: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(source.read_bytes())["weight_map"]
         files = {name: Path(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"'{source}' must be JSON with a 'weight_map' from tensors to files; {error!r}."
         ) from None
@@ -680,7 +680,7 @@ def _header(file: Path, _changed: int, nbytes: int) -> Mapping[str, _Entry]:
             )
             for name, about in described.items()
         }
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"'{file}' must be a safetensors file; its header cannot be read: {error!r}. Is it "
             f"truncated, or a pointer of git-lfs?"

@@ -467,6 +467,13 @@ def test_file_of_something_else(tmp_path, content, message):
         describe_layer(tmp_path, LAYER)
 
 
+@pytest.mark.parametrize("name", [FILE, "model-00001.safetensors"])
+def test_folder_in_the_place_of_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=r"header cannot be read: IsADirectoryError"):
+        describe_layer(tmp_path, LAYER)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
