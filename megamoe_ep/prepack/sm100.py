@@ -33,7 +33,8 @@ def pack(
         gated: rows are gate, then up, as L1's are; they stay so.
 
     Returns:
-        ``codes`` themselves, and uint8 [L, scale_nbytes(N, K/16)].
+        ``codes`` themselves, or a copy where they do not start at a multiple of 16 bytes as TMA
+        wants; and uint8 [L, scale_nbytes(N, K/16)].
 
     Raises:
         ArgumentError: N or K is not a multiple of 32, or a scale is negative.
@@ -50,7 +51,7 @@ def pack(
     ksf = scales.shape[2]
     packed = plain.new_zeros(experts, scale_nbytes(n, ksf))
     packed[:, scale_offsets(n, ksf, codes.device).flatten()] = plain.flatten(1)
-    return codes, packed
+    return codes.clone() if codes.data_ptr() % 16 else codes, packed
 
 
 def unpack(

@@ -78,6 +78,15 @@ def test_unpack_is_the_inverse_of_pack(n, k, gated):
     assert torch.equal(again[1].view(torch.uint8), scales)
 
 
+def test_codes_that_tma_could_not_load_from_where_they_are_are_copied():
+    memory = torch.arange(32 * 16 + 8).to(torch.uint8)
+    codes = memory[memory.data_ptr() % 16 + 8 :][: 32 * 16].view(1, 32, 16)
+    scales = torch.ones(1, 32, 2).to(torch.float8_e4m3fn)
+    packed, _ = sm100.pack(codes, scales, gated=False)
+    assert packed.data_ptr() % 16 == 0
+    assert torch.equal(packed, codes)
+
+
 @pytest.mark.parametrize(("n", "k"), [(48, 64), (64, 48)])
 def test_sizes_that_tma_cannot_load_are_refused(n, k):
     codes = torch.zeros(1, n, k // 2, dtype=torch.uint8)
