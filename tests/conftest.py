@@ -11,6 +11,7 @@ a rank.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -48,6 +49,23 @@ def launcher_side() -> None:
 @pytest.fixture(scope="session")
 def launch(launcher_side: None) -> Callable[..., str]:
     return launch_ranks
+
+
+@pytest.fixture(scope="module")
+def left_in_shared_memory() -> Callable[[], set[str]]:
+    """Call it for the files in /dev/shm that came since and that no living process maps."""
+    before = set(os.listdir("/dev/shm"))
+
+    def look() -> set[str]:
+        mapped = set()
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            # It may have ended meanwhile, or be another user's.
+            with contextlib.suppress(OSError):
+                mapped |= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+        came = set(os.listdir("/dev/shm")) - before
+        return {name for name in came if f"/dev/shm/{name}" not in mapped}
+
+    return look
 
 
 def launch_ranks(launcher: str, world_size: int, program: list[str], *, check: bool = True) -> str:

@@ -218,8 +218,11 @@ def _mpi() -> list[Finding]:
     if _version("mpi4py") is None:
         text = "not installed: pip install 'megamoe_ep[mpi]'; needed under mpirun only"
         return [*findings, Finding("mpi4py", "note", text)]
-    # In a process of its own: importing it initialises MPI.
-    report = "from mpi4py import MPI; print(MPI.Get_library_version())"
+    # In a process of its own, and not initialised: alone, Open MPI 5 leaves a file in /dev/shm.
+    report = (
+        "import mpi4py; mpi4py.rc.initialize = False\n"
+        "from mpi4py import MPI; print(MPI.Get_library_version())"
+    )
     worked, said = _call([sys.executable, "-c", report])
     text = f"mpi4py {_version('mpi4py')} over {said}" if worked else f"does not load: {said}"
     findings.append(Finding("mpi4py", "ok" if worked else "note", text))

@@ -66,9 +66,8 @@ def test_a_checkpoint_and_a_picture(tmp_path, temporary, environment):
     assert not list(temporary.iterdir())
 
 
-def test_a_rank_is_killed(temporary, environment):
+def test_a_rank_is_killed(temporary, environment, left_in_shared_memory):
     """The demo ends, says which rank it was, and leaves nothing behind."""
-    shared = set(os.listdir("/dev/shm"))
     arguments = ["--ranks", "3", "--tokens", "4096", "--timeout", "3"]
     demo = subprocess.Popen(
         [*DEMO, *arguments],
@@ -91,7 +90,7 @@ def test_a_rank_is_killed(temporary, environment):
     _, alive = psutil.wait_procs(list(ranks.values()), timeout=10)
     assert not alive
     assert not list(temporary.iterdir())
-    assert not {name for name in set(os.listdir("/dev/shm")) - shared if "megamoe" in name}
+    assert not left_in_shared_memory()
 
 
 def ranks_of(parent: int, count: int) -> dict[int, psutil.Process]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
@@ -65,17 +64,15 @@ def carry_out(fork_ranks, plan: Plan) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes(fork_ranks):
-    before = set(os.listdir("/dev/shm"))
+def outcomes(fork_ranks, left_in_shared_memory):
     with ThreadPoolExecutor(AT_ONCE) as pool:
         plans = [Plan.drawn(run) for run in range(RUNS)]
-        done = list(pool.map(lambda plan: carry_out(fork_ranks, plan), plans))
-    return done, set(os.listdir("/dev/shm")) - before
+        return list(pool.map(lambda plan: carry_out(fork_ranks, plan), plans))
 
 
 @pytest.mark.parametrize("run", range(RUNS))
 def test_every_survivor_names_the_victim_in_time(outcomes, run):
-    outcome = outcomes[0][run]
+    outcome = outcomes[run]
     plan, context = outcome.plan, f"{outcome.plan}\n{outcome.log}"
     assert not outcome.left, context
     for rank, said in enumerate(outcome.said):
@@ -106,7 +103,7 @@ def test_every_survivor_names_the_victim_in_time(outcomes, run):
 def test_every_moment_was_met(outcomes):
     met = Counter(
         line.get("phase", line["type"])
-        for outcome in outcomes[0]
+        for outcome in outcomes
         for said in outcome.said
         for line in said
         if line["event"] == "error"
@@ -114,17 +111,5 @@ def test_every_moment_was_met(outcomes):
     assert {"BootstrapError", "dispatch", "combine"} <= set(met), met
 
 
-def test_nothing_is_left_in_shared_memory(outcomes):
-    used = mapped_files()
-    assert not {name for name in outcomes[1] if f"/dev/shm/{name}" not in used}
-
-
-def mapped_files() -> set[str]:
-    """Files that some living process maps: another program's, if they are in /dev/shm."""
-    found = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            found |= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
-        except OSError:  # it ended meanwhile, or is another user's
-            continue
-    return found
+def test_nothing_is_left_in_shared_memory(outcomes, left_in_shared_memory):
+    assert not left_in_shared_memory()

@@ -266,10 +266,11 @@ def test_a_result_that_changes_from_call_to_call(verified, capsys):
 # doctor
 
 
-def test_doctor_of_this_machine(run):
+def test_doctor_of_this_machine(run, left_in_shared_memory):
     before = set(psutil.Process().children(recursive=True))
     result = run("doctor", "--device", "cpu")
     assert set(psutil.Process().children(recursive=True)) <= before
+    assert not left_in_shared_memory()
     assert result.exit_code == 0, result.output
     assert result.stdout.rstrip().endswith("the layer can run here on cpu with 4 rank(s): yes")
     for what in ("software", "GPU", "host heap", "mpirun", "mpi4py", "nvcc", "csrc library"):
