@@ -127,7 +127,8 @@ def nvfp4_mega_moe(
         raise ArgumentError(f"combine must be 'exact' or 'fast'; got {combine!r}.")
     stats = cumulative_local_expert_recv_stats
     if stats is not None:
-        dtype = torch.int32 if stats.dtype == torch.int32 else torch.int64
+        narrow = isinstance(stats, torch.Tensor) and stats.dtype == torch.int32
+        dtype = torch.int32 if narrow else torch.int64
         name = "cumulative_local_expert_recv_stats"
         _check(stats, name, dtype, (buffer.shape.experts_per_rank,), buffer)
 

@@ -253,6 +253,34 @@ def test_layer_option(buffer, extra, message):
         nvfp4_mega_moe(**layer_arguments(buffer), buffer=buffer, **extra)
 
 
+STAGED = ("x", "topk_idx", "topk_weights")
+OPTIONAL = {
+    "l2_input_scale": torch.ones(E),
+    "cumulative_local_expert_recv_stats": torch.zeros(E, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("name", [*STAGED, "y", "l1_alpha", "l2_alpha", *OPTIONAL])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.tolist(), "must be a tensor; got list"),
+        (lambda t: t.to("meta"), "must be on cpu, like buffer; got meta"),
+        (lambda t: torch.stack((t, t), -1)[..., 0], "must be contiguous; got strides"),
+        (lambda t: t.bool(), r"must be torch\.\w+; got torch\.bool"),
+        (lambda t: t[None], r"must have shape \[.*\]; got \[1, "),
+    ],
+)
+def test_every_tensor(buffer, name, change, message):
+    """Of another type, device, layout, dtype or number of dimensions."""
+    staged, given = tokens(), {**layer_arguments(buffer), **OPTIONAL}
+    stage_activation(**staged, buffer=buffer)
+    arguments, call = (staged, stage_activation) if name in STAGED else (given, nvfp4_mega_moe)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ArgumentError, match=f"^{name} {message}"):
+        call(**arguments, buffer=buffer)
+
+
 def test_input_scale_with_bf16_activations():
     with create(activation_format="bf16") as buffer:
         stage_activation(**tokens(), buffer=buffer)
