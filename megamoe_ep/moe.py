@@ -364,8 +364,12 @@ class MegaMoE(torch.nn.Module):
             LayerMismatchError: some ranks' experts have static input scales and others' have not.
         """
         device = buffer.device
+        in_nvfp4 = buffer.shape.activation_format == "nvfp4" and experts.w2_input_scale is not None
         l1_weights, l2_weights = transform_weights_for_nvfp4_mega_moe(
-            (experts.w13, experts.w13_scale), (experts.w2, experts.w2_scale), device=device
+            (experts.w13, experts.w13_scale),
+            (experts.w2, experts.w2_scale),
+            device=device,
+            nvfp4_activations=in_nvfp4,
         )
         input_global_scale, l2_input_scale = None, None
         l2_alpha = experts.w2_scale_2.to(device)

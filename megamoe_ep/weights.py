@@ -83,6 +83,7 @@ def transform_weights_for_nvfp4_mega_moe(
     *,
     device: torch.device | str | None = None,
     layout: WeightLayout | None = None,
+    nvfp4_activations: bool = True,
 ) -> tuple[KernelWeights, KernelWeights]:
     """Brings the experts' weights from checkpoint layout to the kernels', once, at load.
 
@@ -114,22 +115,27 @@ def transform_weights_for_nvfp4_mega_moe(
         )
     target = torch.device(device) if device is not None else l1[0].device
     if layout is None:
-        layout = _layout_for(target, hidden, intermediate)
+        layout = _layout_for(target, hidden, intermediate, nvfp4_activations)
     return _to_layout(*l1, target, layout, gated=True), _to_layout(*l2, target, layout, gated=False)
 
 
-def _layout_for(device: torch.device, hidden: int, intermediate: int) -> WeightLayout:
+def _layout_for(
+    device: torch.device, hidden: int, intermediate: int, nvfp4_activations: bool
+) -> WeightLayout:
     layout = weight_layout(device)
     if layout == "portable":
         return layout
     multiple = importlib.import_module(f"megamoe_ep.prepack.{layout}").SIZE_MULTIPLE
-    if hidden % multiple == 0 and intermediate % multiple == 0:
+    if hidden % multiple or intermediate % multiple:
+        why = (
+            f"csrc's need a hidden and an intermediate size that are multiples of {multiple}; got "
+            f"{hidden} and {intermediate}"
+        )
+    elif layout == "sm100" and not nvfp4_activations:
+        why = "csrc's for Blackwell need 'nvfp4' activations and a static scale for h"
+    else:
         return layout
-    warnings.warn(
-        f"the portable kernels, which are slow, serve this layer: csrc's need a hidden and an "
-        f"intermediate size that are multiples of {multiple}; got {hidden} and {intermediate}.",
-        stacklevel=3,
-    )
+    warnings.warn(f"the portable kernels, which are slow, serve this layer: {why}.", stacklevel=3)
     return "portable"
 
 

@@ -116,8 +116,8 @@ def l1(
             "input_scale (l2_input_scale of the layer) must be given on Blackwell: its MMA takes "
             "NVFP4 on both sides, so csrc's GEMMs serve activation_format='nvfp4' with a static "
             "scale for h; got None. For bf16 activations, or a checkpoint without "
-            "down-projection input scales, transform the weights with layout='portable', which is "
-            "slow."
+            "down-projection input scales, transform the weights with nvfp4_activations=False, "
+            "which leaves them to the portable GEMMs."
         )
     check_weights(weights, "sm100", gated=True)
     device, experts, r = weights.codes.device, weights.num_experts, rows.shape[0]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
+from megamoe_ep import moe, weights
 from megamoe_ep.errors import UnsupportedDeviceError
 from megamoe_ep.kernels import gemm_kernels, library, weight_layout
+from megamoe_ep.moe import MegaMoE
+from megamoe_ep.symm_buffer import get_symm_buffer_for_nvfp4_mega_moe
+from megamoe_ep.weights import random_experts, transform_weights_for_nvfp4_mega_moe
 
 choose = weight_layout.__wrapped__  # not its cache
 
@@ -48,6 +54,45 @@ def test_a_library_without_sm100_leaves_blackwell_to_the_portable_ones_with_a_wa
     device = gpu((10, 0), built_for="90a")
     with pytest.warns(UserWarning, match="portable kernels, which are slow, serve cuda:0: not bui"):
         assert choose(device) == "portable"
+
+
+@pytest.mark.parametrize(
+    ("size", "nvfp4_activations", "layout", "why"),
+    [
+        (64, True, "sm100", None),
+        (48, True, "portable", "multiples of 32; got 48 and 48"),
+        (64, False, "portable", "need 'nvfp4' activations and a static scale for h"),
+    ],
+)
+def test_weights_get_the_layout_that_can_serve_them(
+    monkeypatch, size, nvfp4_activations, layout, why
+):
+    monkeypatch.setattr(weights, "weight_layout", lambda device: "sm100")
+    experts = random_experts(1, size, size)
+    with pytest.warns(UserWarning, match=why) if why else contextlib.nullcontext():
+        made = transform_weights_for_nvfp4_mega_moe(
+            (experts.w13, experts.w13_scale), (experts.w2, experts.w2_scale),
+            nvfp4_activations=nvfp4_activations,
+        )  # fmt: skip
+    assert [w.layout for w in made] == [layout, layout]
+
+
+@pytest.mark.parametrize("activation_format", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_layer_says_whether_its_activations_are_nvfp4(monkeypatch, activation_format, static):
+    asked = []
+
+    def transform(*matrices, nvfp4_activations, device):
+        asked.append(nvfp4_activations)
+        return transform_weights_for_nvfp4_mega_moe(*matrices, device=device)
+
+    monkeypatch.setattr(moe, "transform_weights_for_nvfp4_mega_moe", transform)
+    experts = random_experts(2, 64, 32, static_input_scales=static)
+    with get_symm_buffer_for_nvfp4_mega_moe(
+        None, 2, 4, 1, 64, 32, activation_format=activation_format, device="cpu"
+    ) as buffer:
+        MegaMoE.from_experts(experts, buffer)
+    assert asked == [static and activation_format == "nvfp4"]
 
 
 def test_other_devices_are_told_what_is_supported():

@@ -65,7 +65,7 @@ def test_h_in_bf16_is_refused_with_what_is_supported():
             rows, torch.ones(3), torch.tensor([0, 1, 3]).int(), l1, torch.ones(2, 2),
             input_scale=None, clamp=None, out=rows[:, :32].contiguous(),
         )  # fmt: skip
-    assert "layout='portable'" in str(e.value)
+    assert "nvfp4_activations=False" in str(e.value)
 
 
 def test_weights_of_the_other_gemm_or_on_a_cpu_are_refused():
