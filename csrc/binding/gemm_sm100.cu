@@ -1,6 +1,6 @@
-// The two grouped GEMMs of a layer on Blackwell as functions of the library: they launch, and wait for
-// nothing. Tensors have been checked by megamoe_ep/kernels/cuda_sm100.py; addresses come as integers.
-// `layer` is the address of a Layer in host memory.
+// The two grouped GEMMs of a layer on Blackwell as functions of the library: they launch, and wait
+// for nothing. Tensors have been checked by megamoe_ep/kernels/cuda_sm100.py; addresses come as
+// integers. `layer_address` is that of a Layer in host memory.
 #include <string>
 #include <vector>
 
@@ -58,8 +58,8 @@ String gemm_sm100_fields() {
   return String(names);
 }
 
-// Bytes of scratch memory that a layer needs, once every kernel has said that it can do it. Needs no
-// GPU.
+// Bytes of scratch memory that a layer needs, once every kernel has said that it can do it. Needs
+// no GPU.
 int64_t gemm_sm100_scratch_bytes(int64_t rows, int64_t experts, int64_t hidden,
                                  int64_t intermediate, int64_t sms) {
   const Sizes sizes = {rows, static_cast<int>(experts), static_cast<int>(hidden),
@@ -73,8 +73,8 @@ int64_t gemm_sm100_scratch_bytes(int64_t rows, int64_t experts, int64_t hidden,
   for (const auto& [kernel, problem] :
        {std::pair{&l1_narrow, l1}, {&l1_wide, l1}, {&l2_narrow, l2}, {&l2_wide, l2}}) {
     const std::vector<Problem> shapes(experts, problem);
-    const KernelCall call = {{}, sizes.experts, sizes.sms, kernel == &l2_narrow || kernel == &l2_wide,
-                             shapes.data()};
+    const bool scaled = kernel == &l2_narrow || kernel == &l2_wide;
+    const KernelCall call = {{}, sizes.experts, sizes.sms, scaled, shapes.data()};
     if (!kernel->can_implement(call)) {
       TVM_FFI_THROW(ValueError) << "CUTLASS's SM100 GEMM cannot do " << cute::get<0>(problem)
                                 << " outputs of K = " << cute::get<2>(problem)

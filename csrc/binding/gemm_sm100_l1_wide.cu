@@ -1,3 +1,7 @@
 #include "gemm/sm100/grouped_gemm.cuh"
 
-const megamoe::sm100::GemmKernel megamoe::sm100::l1_wide = GroupedGemm<Wide, float>::entry();
+namespace megamoe::sm100 {
+
+const GemmKernel l1_wide = GroupedGemm<Wide, float>::entry();
+
+}  // namespace megamoe::sm100

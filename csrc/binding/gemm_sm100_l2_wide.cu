@@ -1,3 +1,7 @@
 #include "gemm/sm100/grouped_gemm.cuh"
 
-const megamoe::sm100::GemmKernel megamoe::sm100::l2_wide = GroupedGemm<Wide, cutlass::bfloat16_t>::entry();
+namespace megamoe::sm100 {
+
+const GemmKernel l2_wide = GroupedGemm<Wide, cutlass::bfloat16_t>::entry();
+
+}  // namespace megamoe::sm100

@@ -7,8 +7,8 @@
 // lanes of 16 bytes, and each takes the scales of rows r, r + 32, r + 64 and r + 96.
 // Rows and Ksf are rounded up to whole tiles; what no scale fills is zero.
 //
-// Both operands have this layout, CUTLASS's SFA and SFB. CUTLASS counts K in elements, so its layout
-// is to be asked for coordinate (row, 16 * k). Proof of equality: tests/blackwell/test_layout.py.
+// Both operands have this layout, CUTLASS's SFA and SFB. CUTLASS counts K in elements, so its
+// layout is to be asked for coordinate (row, 16 * k). Proof: tests/blackwell/test_layout.py.
 #pragma once
 
 #include <cstdint>

@@ -49,7 +49,8 @@ MEGAMOE_HD uint32_t encode_e2m1(float x) {
 MEGAMOE_HD float decode_e2m1(uint32_t code) {
   const int exponent = static_cast<int>(code >> 1 & 3);
   const int significand = static_cast<int>(code & 1) + (exponent > 0 ? 2 : 0);
-  const float magnitude = 0.5f * static_cast<float>(significand << (exponent > 0 ? exponent - 1 : 0));
+  const int halves = significand << (exponent > 0 ? exponent - 1 : 0);
+  const float magnitude = 0.5f * static_cast<float>(halves);
   return code & 8 ? -magnitude : magnitude;
 }
 
@@ -83,8 +84,8 @@ MEGAMOE_HD QuantisedBlock quantise(const float (&x)[kBlock], float global_scale)
   return block;
 }
 
-// Codes and scale of a block that is exactly code x scale, as bf16 rows of the layer are: a pair that
-// gives back every value. It need not be the pair that the block was made from.
+// Codes and scale of a block that is exactly code x scale, as bf16 rows of the layer are: a pair
+// that gives back every value. It need not be the pair that the block was made from.
 //
 // The largest magnitude is the scale times one of the seven magnitudes of E2M1 other than 0, so one
 // of seven scales is the block's own; each is tried, the likeliest first, and the first with which

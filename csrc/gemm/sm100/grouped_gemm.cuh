@@ -1,22 +1,23 @@
 // The grouped block-scaled NVFP4 GEMM, put together from CUTLASS's collectives for SM100.
 //
-// One group is one expert: D [n, tokens] = alpha x (weights [n, k] x tokens [tokens, k]^T), all three
-// as CUTLASS sees them, with the weights as operand A. D is M-major, which is a row of `n` outputs
-// for each token. Tokens are the narrow operand, so a tile that few tokens fill wastes little: the
-// tensor cores want 128 rows of A, and only 64 of B.
+// One group is one expert: D [n, tokens] = alpha x (weights [n, k] x tokens [tokens, k]^T), all
+// three as CUTLASS sees them, with the weights as operand A. D is M-major, which is a row of `n`
+// outputs for each token. Tokens are the narrow operand, so a tile that few tokens fill wastes
+// little: the tensor cores want 128 rows of A, and only 64 of B.
 //
 //   narrow   1 SM    128 x 64 tile     few tokens: every weight is read once, as fast as memory can
 //   wide     2 SMs   256 x 256 tile    many tokens: each operand is read from L2 half as often
 //
-// Accumulators go from tensor memory through registers straight to device memory, 32 outputs of a token
-// at a time: no tensor map of D to change from expert to expert, and a fifth less memory to compile.
+// Accumulators go from tensor memory through registers straight to device memory, a token's outputs
+// side by side: no tensor map of D to change from expert to expert, and a fifth less memory to
+// compile.
 //
 // How many tokens an expert has is read on the device: shapes, pointers and strides of every group
 // come from the arrays that prepare.cuh writes.
 // Floor: bytes of weights over memory bandwidth, or 2 n k tokens over the rate of NVFP4 MMAs.
 #pragma once
 
-// Not the headers that bring in every architecture's collectives: compiling takes 5 GB as it is.
+// Not the headers that bring in every architecture's collectives: compiling takes 4 GB as it is.
 #include "cutlass/cutlass.h"
 #include "cutlass/device_kernel.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
@@ -48,6 +49,18 @@ struct Wide {
   using Epilogue = cutlass::epilogue::PtrArrayNoSmemWarpSpecialized2Sm;
 };
 
+// A direct-store epilogue that reads accumulators by another instruction than the builder's choice.
+template <class Epilogue, class Load>
+struct WithLoad;
+template <class Policy, class Tile, class C, class StrideC, class D, class StrideD, class Fusion,
+          class Old, class AlignC, class AlignD, class Load>
+struct WithLoad<cutlass::epilogue::collective::CollectiveEpilogue<
+                    Policy, Tile, C, StrideC, D, StrideD, Fusion, Old, AlignC, AlignD>,
+                Load> {
+  using Type = cutlass::epilogue::collective::CollectiveEpilogue<
+      Policy, Tile, C, StrideC, D, StrideD, Fusion, Load, AlignC, AlignD>;
+};
+
 // Out: float or cutlass::bfloat16_t.
 template <class Config, class Out>
 struct GroupedGemm {
@@ -56,11 +69,14 @@ struct GroupedGemm {
   static constexpr int kOutAlignment = 16 / sizeof(Out);
   using Linear = cutlass::epilogue::fusion::LinearCombination<Out, float, void, float>;
 
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+  using Built = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, typename Config::Tile,
       typename Config::Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
       cutlass::layout::ColumnMajor*, kOutAlignment, Out, cutlass::layout::ColumnMajor*,
       kOutAlignment, typename Config::Epilogue, Linear>::CollectiveOp;
+  // A lane reads one output of 64 tokens, so that a warp stores 32 neighbouring outputs at a time;
+  // the builder's choice for 2-byte outputs suits stores through shared memory.
+  using Epilogue = typename WithLoad<Built, cute::SM100_TMEM_LOAD_32dp32b64x>::Type;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, Operand,
       cutlass::layout::RowMajor*, kAlignment, Operand, cutlass::layout::ColumnMajor*, kAlignment,
@@ -111,9 +127,9 @@ struct GroupedGemm {
   static cudaError_t launch(const KernelCall& call, void* workspace, cudaStream_t stream) {
     const auto params = Kernel::to_underlying_arguments(arguments(call), workspace);
     const auto kernel = cutlass::device_kernel<Kernel>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        Kernel::SharedStorageSize);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -65,7 +65,7 @@ MEGAMOE_HD void describe_group(const Groups& groups, const GroupedCall& call, in
   groups.weights[e] = call.weights + e * n * row_bytes;
   groups.weight_scales[e] = call.weight_scales + e * scale_bytes(n, ksf);
   groups.tokens[e] = call.codes + first * row_bytes;
-  groups.token_scales[e] = call.scales + static_cast<int64_t>(tile) * kTileRows * padded_scales(ksf);
+  groups.token_scales[e] = call.scales + scale_bytes(static_cast<int64_t>(tile) * kTileRows, ksf);
   groups.out[e] = call.out + first * n * call.out_bytes;
   groups.alphas[e] = call.alphas ? call.alphas + e : nullptr;
   groups.weight_strides[e] = cute::make_stride(int64_t{call.k}, cute::_1{}, cute::_0{});

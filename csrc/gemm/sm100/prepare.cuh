@@ -1,8 +1,8 @@
 // The input of a grouped GEMM: rows of bf16 to codes and block scales, and the groups' arrays.
 //
 // Rows arrive as bf16 that is exactly E2M1 code x UE4M3 scale, as the layer's other kernels leave
-// them; `recover` finds such a pair again. So the layer's exchange and this GEMM know nothing of one
-// another, at the cost of one more pass over the rows: 2 K bytes read and 9/16 K written for each.
+// them; `recover` finds such a pair again. So the layer's exchange and this GEMM know nothing of
+// one another, at the cost of one more pass over the rows: 2 K bytes read and 9/16 K written each.
 //
 //   reads   expert_offsets, rows of the experts
 //   writes  codes, scales (zero where a tile has no row or no column), the groups' arrays

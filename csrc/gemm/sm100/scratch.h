@@ -1,5 +1,5 @@
-// Memory that the SM100 GEMMs keep between their kernels, carved from one allocation. L1 and L2 take
-// turns with it. Host only.
+// Memory that the SM100 GEMMs keep between their kernels, carved from one allocation. L1 and L2
+// take turns with it. Host only.
 #pragma once
 
 #include <type_traits>

@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(kThreads) swiglu_and_requantise(
   __syncthreads();
   const int blocks = call.intermediate / kBlock;
   const int64_t total = static_cast<int64_t>(offsets[call.experts]) * blocks;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += step) {
+  for (int64_t i = first; i < total; i += step) {
     const int row = static_cast<int>(i / blocks);
     swiglu_block(call, expert_of(offsets, call.experts, row), row, static_cast<int>(i % blocks));
   }

@@ -45,7 +45,8 @@ void multiply_group(const Groups& g, int e) {
   auto d = cute::make_tensor(reinterpret_cast<Out*>(g.out[e]),
                              cute::make_layout(cute::make_shape(m, n, 1), g.out_strides[e]));
   Out zero{0};  // the reference multiplies beta = 0 with it all the same
-  auto c = cute::make_tensor(&zero, cute::make_layout(d.shape(), cute::repeat_like(d.shape(), cute::_0{})));
+  auto c = cute::make_tensor(
+      &zero, cute::make_layout(d.shape(), cute::repeat_like(d.shape(), cute::_0{})));
   cutlass::reference::host::GettBlockScalingMainloopParams<float, decltype(a), decltype(sfa),
                                                            decltype(b), decltype(sfb)>
       mainloop{a, sfa, b, sfb};
@@ -93,7 +94,9 @@ int64_t our_offsets(int rows, int ksf, int64_t* offsets) {
   return scale_bytes(rows, ksf);
 }
 
-void remap(const uint8_t* from, int rows, int ksf, uint8_t* to) { remap_scales(from, rows, ksf, to); }
+void remap(const uint8_t* from, int rows, int ksf, uint8_t* to) {
+  remap_scales(from, rows, ksf, to);
+}
 
 // Blocks of 16 bf16 to 8 bytes of codes and a scale each.
 void recover_blocks(const uint16_t* rows, int64_t blocks, uint8_t* codes, uint8_t* scales) {
@@ -107,8 +110,8 @@ int64_t scratch_bytes(int64_t rows, int experts, int hidden, int intermediate, i
 }
 
 // Where the parts of the scratch memory lie, for a look at what was written.
-void scratch_places(int64_t memory, int64_t rows, int experts, int hidden, int intermediate, int sms,
-                    int64_t* places) {
+void scratch_places(int64_t memory, int64_t rows, int experts, int hidden, int intermediate,
+                    int sms, int64_t* places) {
   const Scratch s = lay_out_scratch(memory, {rows, experts, hidden, intermediate, sms});
   places[0] = reinterpret_cast<int64_t>(s.codes);
   places[1] = reinterpret_cast<int64_t>(s.scales);
@@ -117,11 +120,12 @@ void scratch_places(int64_t memory, int64_t rows, int experts, int hidden, int i
 }
 
 // As gemm_sm100_l1, up to the accumulators, which go to the scratch memory's gate_up.
-void l1_accumulators(int64_t memory, int64_t rows, int experts, int hidden, int intermediate, int sms,
-                     const __nv_bfloat16* x, const int32_t* offsets, const uint8_t* codes,
+void l1_accumulators(int64_t memory, int64_t rows, int experts, int hidden, int intermediate,
+                     int sms, const __nv_bfloat16* x, const int32_t* offsets, const uint8_t* codes,
                      const uint8_t* scales) {
-  const Scratch s = lay_out_scratch(memory, {rows, experts, hidden, intermediate, sms});
-  const GroupedCall call = l1_call(s, {rows, experts, hidden, intermediate, sms}, offsets, codes, scales);
+  const Sizes sizes = {rows, experts, hidden, intermediate, sms};
+  const Scratch s = lay_out_scratch(memory, sizes);
+  const GroupedCall call = l1_call(s, sizes, offsets, codes, scales);
   prepare_on_host(s.groups, call, x);
   for (int e = 0; e < experts; ++e) multiply_group<float>(s.groups, e);
 }
@@ -143,9 +147,9 @@ void activate(int experts, int intermediate, const int32_t* offsets, const float
 void l2_output(int64_t memory, int64_t rows, int experts, int hidden, int intermediate, int sms,
                const __nv_bfloat16* h, const int32_t* offsets, const uint8_t* codes,
                const uint8_t* scales, const float* alpha, char* out, int out_bytes) {
-  const Scratch s = lay_out_scratch(memory, {rows, experts, hidden, intermediate, sms});
-  GroupedCall call =
-      l2_call(s, {rows, experts, hidden, intermediate, sms}, offsets, codes, scales, alpha, out);
+  const Sizes sizes = {rows, experts, hidden, intermediate, sms};
+  const Scratch s = lay_out_scratch(memory, sizes);
+  GroupedCall call = l2_call(s, sizes, offsets, codes, scales, alpha, out);
   call.out_bytes = out_bytes;
   prepare_on_host(s.groups, call, h);
   for (int e = 0; e < experts; ++e) {
