@@ -9,6 +9,9 @@ namespace megamoe::comm {
 
 // At most 64 registers a thread (__launch_bounds__(kThreads, 2)), so that the next kernel's first
 // blocks fit beside this one's last.
+//
+// Short loops that run once or twice are kept from being unrolled: the GEMMs between two calls drive
+// this code out of the caches, and every line of it is then fetched from memory.
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
@@ -24,6 +27,7 @@ __device__ __forceinline__ uint64_t current_call(const View& v) {
 
 // counts[W]: what the flags carry, once they have been waited for by an earlier kernel.
 __device__ __forceinline__ void read_counts(const View& v, int64_t flags, int* counts) {
+#pragma unroll 1
   for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
     counts[r] = static_cast<int>(flag_count(load_relaxed_sys(v.mine<uint64_t>(flags) + r)));
   }
@@ -35,6 +39,7 @@ __device__ __forceinline__ void sum_up(int* counts, int ranks) {
   __syncthreads();
   if (threadIdx.x == 0) {
     int sum = 0;
+#pragma unroll 1
     for (int s = 0; s < ranks; ++s) {
       const int n = counts[s];
       counts[s] = sum;

@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int* place = ids + kBatch * top_k;
   uint32_t* blocks_before = reinterpret_cast<uint32_t*>(place + kBatch * top_k);
 
+#pragma unroll 1
   for (int r = threadIdx.x; r < ranks; r += kThreads) sent[r] = 0;
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   for (int first = chunk.begin; first < chunk.end; first += kBatch) {
     const int count = min(kBatch, chunk.end - first);
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
       ids[i] = all_ids[static_cast<int64_t>(first) * top_k + i];
       place[i] = -1;
@@ -171,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int32_t* total = View::local<int32_t>(v.send_counts);
   if (blockIdx.x + 1 == gridDim.x) {
     __syncthreads();
+#pragma unroll 1
     for (int r = threadIdx.x; r < ranks; r += kThreads) total[r] = sent[r];
   }
   if (!last_block_to_finish(v, kSendDone, blocks_before)) return;
@@ -197,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2) dispatch_count(const __grid_const
   int* prefix = shared;
   int* found = prefix + ranks + 1;
 
+#pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) found[e] = 0;
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -216,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2) dispatch_count(const __grid_const
   }
   __syncthreads();
   int32_t* counts = View::local<int32_t>(v.chunk_counts) + static_cast<int64_t>(blockIdx.x) * experts;
+#pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) counts[e] = found[e];
 }
 
@@ -326,6 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!ok) {
     // The GEMMs that follow find no rows.
     if (blockIdx.x == 0) {
+#pragma unroll 1
       for (int e = threadIdx.x; e <= experts; e += kThreads) {
         View::local<int32_t>(v.expert_offsets)[e] = 0;
       }
@@ -333,6 +339,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return;
   }
   if (!count_here) read_counts(v, v.dispatch_flags, prefix);
+#pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) next[e] = total[e] = 0;
   sum_up(prefix, ranks);
   const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
@@ -359,6 +366,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   for (int first = chunk.begin; first < chunk.end; first += kBatch) {
     const int count = min(kBatch, chunk.end - first);
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
       const Received r = received_token(prefix, ranks, first + i / top_k);
       const int64_t at = slot_index(r.source, r.index, i % top_k, v.max_tokens, top_k);

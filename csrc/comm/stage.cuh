@@ -48,37 +48,40 @@ __device__ __forceinline__ uint32_t encode_e2m1(float x) {
   return code | (x == x ? __float_as_uint(x) >> 28 & 8u : 0u);
 }
 
-// Codes of 8 finite values over `step`, by true divisions.
-__device__ __noinline__ uint32_t encode_8(uint4 x, float step) {
-  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-  uint32_t codes = 0;
-  for (int i = 0; i < 4; ++i) {
-    codes |= encode_e2m1(__fdiv_rn(from_bf16(words[i] & 0xffffu), step)) << 8 * i;
-    codes |= encode_e2m1(__fdiv_rn(from_bf16(words[i] >> 16), step)) << (8 * i + 4);
-  }
-  return codes;
+// The same of a finite magnitude, from the bits of its form: less work.
+__device__ __forceinline__ uint32_t encode_magnitude(float m) {
+  const uint32_t bits = __float_as_uint(m);
+  const uint32_t normal = min((bits + 0x1fffffu + (bits >> 22 & 1u)) >> 22, 259u) - 252u;
+  return m < 1.0f ? (m > 0.25f) + (m >= 0.75f) : normal;
 }
 
-// The same from multiplications by 1 / step, where that is sure to be right; `near` falls below
-// 2 * kMargin where it is not.
-//
-// A magnitude times 2^-126 has its E2M1 code in the upper bits of its fp32 form, subnormals included.
-// The product is off by no more than three units of the last place, so it can round to another code
-// than the quotient only where it is that close to the middle between two codes.
-constexpr uint32_t kMargin = 8;
+// x / y rounded to nearest, as two corrections of the product with 1 / y make it (Markstein), where
+// nothing overflows or underflows; 1 / y is the rounded one.
+__device__ __forceinline__ float divide(float x, float y, float one_over_y) {
+  float quotient = __fmul_rn(x, one_over_y);
+  quotient = __fmaf_rn(__fmaf_rn(-quotient, y, x), one_over_y, quotient);
+  return __fmaf_rn(__fmaf_rn(-quotient, y, x), one_over_y, quotient);
+}
 
-__device__ __forceinline__ uint32_t encode_8(uint4 x, float one_over_step, uint32_t& near) {
+// Codes of 8 finite values over `step`.
+template <bool kOrdinary>
+__device__ __forceinline__ uint32_t encode_8(uint4 x, float step, float one_over_step) {
   const uint32_t words[4] = {x.x, x.y, x.z, x.w};
   uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const uint32_t bf16 = i % 2 ? words[i / 2] >> 16 : words[i / 2];
-    const float quotient = __fmul_rn(from_bf16(bf16 & 0x7fffu), one_over_step);
-    const uint32_t up = __float_as_uint(__fmul_rn(quotient, 0x1p-126f)) + 0x200000u;
-    near = min(near, (up + kMargin) & 0x3fffffu);
-    codes |= (min(up >> 22, 7u) | (bf16 >> 12 & 8u)) << 4 * i;
+    const uint32_t bf16 = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
+    const uint32_t code =
+        kOrdinary ? encode_magnitude(divide(from_bf16(bf16 & 0x7fffu), step, one_over_step)) |
+                        (bf16 >> 12 & 8u)
+                  : encode_e2m1(__fdiv_rn(from_bf16(bf16), step));
+    codes |= code << 4 * i;
   }
   return codes;
+}
+
+__device__ __noinline__ uint2 encode_extraordinary(const Block16& x, float step) {
+  return {encode_8<false>(x.halves[0], step, 0.f), encode_8<false>(x.halves[1], step, 0.f)};
 }
 
 // Quantises a block with global scale g: its scale, and its codes in `codes`.
@@ -89,11 +92,14 @@ __device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, ui
   if (largest >= kInfinityBf16 || quotient != quotient) return kNanUe4m3;
   __nv_fp8_e4m3 scale(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
   const float step = __fmul_rn(static_cast<float>(scale), g);
-  // Where 1 / step is no ordinary number, the quotients are none of the ordinary ones either.
-  uint32_t near = step > 0x1p-100f && step < 0x1p100f ? ~0u : 0u;
   const float one_over_step = __fdiv_rn(1.0f, step);
-  codes = {encode_8(x.halves[0], one_over_step, near), encode_8(x.halves[1], one_over_step, near)};
-  if (near < 2 * kMargin) codes = {encode_8(x.halves[0], step), encode_8(x.halves[1], step)};
+  // Far from the ends of fp32's range: but for a global scale that somebody set, always.
+  if (step > 0x1p-100f && step < 0x1p100f && quotient < 0x1p20f) {
+    codes = {encode_8<true>(x.halves[0], step, one_over_step),
+             encode_8<true>(x.halves[1], step, one_over_step)};
+  } else {
+    codes = encode_extraordinary(x, step);
+  }
   return scale.__x;
 }
 

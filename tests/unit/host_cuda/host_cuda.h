@@ -216,6 +216,7 @@ inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(va
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 template <typename T>
 T atomicAdd(T* p, T value) {
