@@ -21,12 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from megamoe_ep import bootstrap
 from megamoe_ep.bootstrap import Group, detect_launcher
+from megamoe_ep.kernels import library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -38,6 +40,22 @@ MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ
 @pytest.fixture(scope="session")
 def group() -> Group:
     return Group.from_environment(device="cpu", timeout_s=60)
+
+
+@pytest.fixture(scope="session")
+def cuobjdump() -> str:
+    """The program that takes csrc's library apart: PyPI's, or the one on PATH."""
+    if library.why_unavailable() is not None:
+        pytest.skip(f"no library to look at: {library.why_unavailable()}")
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+        found = [str(file.locate()) for file in files if file.name == "cuobjdump"]
+    except metadata.PackageNotFoundError:
+        found = []
+    program = found[0] if found else shutil.which("cuobjdump")
+    if program is None:
+        pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return program
 
 
 @pytest.fixture(scope="session")

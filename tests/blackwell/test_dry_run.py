@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import cuda_sm100, gemm_kernels, library
+from megamoe_ep.shape import LayerShape
+from megamoe_ep.symm_buffer import Workspace
 from megamoe_ep.weights import random_experts, transform_weights_for_nvfp4_mega_moe
 
 SMS = 148  # of a B200
@@ -48,6 +54,39 @@ def test_the_fields_of_a_layer_are_those_that_python_packs():
     assert set(names) == {
         "scratch", "rows", "experts", "hidden", "intermediate", "wide", "sms", "device",
     }  # fmt: skip
+
+
+@needs_library
+def test_scratch_memory_comes_with_the_workspace_and_goes_with_it(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=SMS)
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    shape = LayerShape(4, 1024, 2, 64, 32, 1)
+    work = Workspace.allocate(shape, torch.device("cpu"))
+    cuda_sm100.allocate_scratch(work, shape)
+    scratch = cuda_sm100._scratch[work.expert_offsets]
+    fields = library.load().gemm_sm100_fields().split()
+    values = dict(zip(fields, scratch._layer, strict=True))
+    assert values.pop("scratch") % 64 == 0
+    assert values == {
+        "rows": 2048, "experts": 4, "hidden": 64, "intermediate": 32, "wide": 1, "sms": SMS,
+        "device": 3,
+    }  # fmt: skip
+    # The call of a layer finds it again, and makes none.
+    assert cuda_sm100._scratch_of(work.expert_offsets, 2048, 64, 32) is scratch
+    gone = weakref.ref(scratch)
+    del scratch, work
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(("hidden", "activation_format"), [(64, "bf16"), (48, "nvfp4")])
+def test_no_scratch_memory_where_the_portable_gemms_serve(hidden, activation_format):
+    shape = LayerShape(4, 8, 2, hidden, 32, 1, activation_format)
+    work = Workspace.allocate(shape, torch.device("cpu"))
+    cuda_sm100.allocate_scratch(work, shape)
+    assert work.expert_offsets not in cuda_sm100._scratch
 
 
 def layer_weights():

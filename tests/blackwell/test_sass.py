@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from megamoe_ep.kernels import library
 
-
-def find_cuobjdump() -> str | None:
-    """PyPI's, or the one on PATH."""
-    try:
-        files = metadata.files("nvidia-cuda-cuobjdump") or []
-    except metadata.PackageNotFoundError:
-        return shutil.which("cuobjdump")
-    found = [str(file.locate()) for file in files if file.name == "cuobjdump"]
-    return found[0] if found else None
-
-
-def why_not() -> str | None:
-    if why := library.why_unavailable((10, 0)):
-        return f"no library to look at: {why}"
-    if find_cuobjdump() is None:
-        return "needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    return None
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
+pytestmark = pytest.mark.skipif(
+    library.why_unavailable((10, 0)) is not None, reason=f"{library.why_unavailable((10, 0))}"
+)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, Counter[str]]:
+def kernels(cuobjdump: str) -> dict[str, Counter[str]]:
     """How often each instruction, with its modifiers, is in each of the sm_100a kernels."""
-    cuobjdump = find_cuobjdump()
-    assert cuobjdump is not None
     sass = subprocess.run(
         [cuobjdump, "-sass", "-arch", "sm_100a", str(library._LIBRARY)],
         env={"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"},  # it calls nvdisasm

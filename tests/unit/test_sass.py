@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,9 @@ from megamoe_ep.kernels import library
 _LOCAL_MEMORY = ("LDL", "STL")
 
 
-def find_cuobjdump() -> str | None:
-    """PyPI's, or the one on PATH."""
-    try:
-        files = metadata.files("nvidia-cuda-cuobjdump") or []
-    except metadata.PackageNotFoundError:
-        return shutil.which("cuobjdump")
-    found = [str(file.locate()) for file in files if file.name == "cuobjdump"]
-    return found[0] if found else None
-
-
-def why_not() -> str | None:
-    if library.why_unavailable() is not None:
-        return f"no library to look at: {library.why_unavailable()}"
-    if find_cuobjdump() is None:
-        return "needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    return None
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
-
-
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, dict[str, Counter[str]]]:
+def kernels(cuobjdump: str) -> dict[str, dict[str, Counter[str]]]:
     """Opcodes by architecture and kernel; an opcode's modifiers are left off."""
-    cuobjdump = find_cuobjdump()
-    assert cuobjdump is not None
     path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # it calls nvdisasm
     command = [cuobjdump, "-sass", str(library._LIBRARY)]
     found: dict[str, dict[str, Counter[str]]] = {}
