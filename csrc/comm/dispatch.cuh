@@ -234,13 +234,17 @@ __device__ __forceinline__ void add_counts(const View& v, int* first, int* total
   const int lane = threadIdx.x % 32;
   const int experts = v.local_experts();
   const int32_t* counts = View::local<const int32_t>(v.chunk_counts);
-  for (int chunk = threadIdx.x / 32; chunk < gridDim.x; chunk += kWarps) {
-    for (int e = lane; e < experts; e += 32) {
+  for (int e = lane; e < experts; e += 32) {
+    int before = 0;
+    int all = 0;
+#pragma unroll 8
+    for (int chunk = threadIdx.x / 32; chunk < gridDim.x; chunk += kWarps) {
       const int n = counts[static_cast<int64_t>(chunk) * experts + e];
-      if (n == 0) continue;
-      atomicAdd(total + e, n);
-      if (chunk < blockIdx.x) atomicAdd(first + e, n);
+      all += n;
+      if (chunk < blockIdx.x) before += n;
     }
+    if (all) atomicAdd(total + e, all);
+    if (before) atomicAdd(first + e, before);
   }
 }
 
