@@ -49,6 +49,7 @@ template <bool kGated>
 void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device, int64_t stream) {
   const CurrentDevice current(device);
   const TokenMaps maps = {map_tokens(tokens, all_rows, problem.k, 16),
+                          map_tokens(tokens, all_rows, problem.k, 32),
                           map_tokens(tokens, all_rows, problem.k, 64)};
   const auto kernel = grouped_gemm<kGated>;
   const int bytes = shared_bytes(problem.experts);

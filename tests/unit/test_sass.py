@@ -52,14 +52,49 @@ def test_every_kernel_was_taken_apart(kernels):
         assert all(opcodes["EXIT"] and sum(opcodes.values()) > 100 for opcodes in comm.values())
 
 
-def test_hopper_gemms_feed_the_tensor_cores_and_do_not_spill(kernels):
+def test_hopper_gemms_feed_the_tensor_cores(kernels):
     gemms = of_namespace(kernels, "90a", "7megamoe4sm90")
     multiply = {name: opcodes for name, opcodes in gemms.items() if opcodes["HGMMA"]}
     assert len(multiply) >= 2, "L1 and L2"
-    spilled = {n: c for n, o in gemms.items() if (c := [o[x] for x in _LOCAL_MEMORY]) != [0, 0]}
-    assert not spilled, f"loads from and stores to local memory: {spilled}"
     # TMA brings the operands in.
     assert all(opcodes["UTMALDG"] for opcodes in multiply.values())
+
+
+def main_loops(code: list[tuple[int, str, int | None]]) -> list[list[str]]:
+    """Opcodes of the loops around HGMMA, for each the innermost, of (address, opcode, target)."""
+    loops = {(target, at) for at, _, target in code if target is not None and target <= at}
+    found = set()
+    for at, opcode, _ in code:
+        if opcode == "HGMMA":
+            around = [(first, last) for first, last in loops if first <= at <= last]
+            found.add(min(around, key=lambda loop: loop[1] - loop[0]))
+    return [
+        [opcode for at, opcode, _ in code if first <= at <= last] for first, last in sorted(found)
+    ]
+
+
+def test_main_loops_of_hopper_gemms_do_not_spill(kernels, cuobjdump):
+    of_namespace(kernels, "90a", "7megamoe4sm90")  # skips where there is none
+    path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}
+    command = [cuobjdump, "-sass", "-arch", "sm_90a", str(library._LIBRARY)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=path).stdout
+    instruction = re.compile(
+        r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(?:\S*\s+(?:!?U?P\w+,\s*)?(0x[0-9a-f]+))?"
+    )
+    checked = 0
+    for body in text.split("Function : ")[1:]:
+        if "7megamoe4sm90" not in body.splitlines()[0]:
+            continue
+        code = [
+            (int(m[1], 16), m[2], int(m[3], 16) if m[3] and m[2] == "BRA" else None)
+            for m in map(instruction.match, body.splitlines())
+            if m
+        ]
+        for loop in main_loops(code):
+            assert sum(opcode == "HGMMA" for opcode in loop) == 16, "two k64 blocks of a tile"
+            assert not {"LDL", "STL"} & set(loop)
+            checked += 1
+    assert checked == 24, "twelve tile widths in each of L1 and L2"
 
 
 def test_blackwell_gemms_multiply_nvfp4_with_its_scales(kernels):

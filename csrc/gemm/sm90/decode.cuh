@@ -37,7 +37,15 @@ MEGAMOE_HD uint32_t scales_of(uint32_t word) {
 #else
   const uint32_t turned = odd ? word >> 8 | word << 24 : word;
 #endif
+#ifdef __CUDA_ARCH__
+  // One instruction, as long as the compiler does not know the constants.
+  uint32_t mask = 0x0FF00FF0u, exponent = 0x70007000u, pair;
+  asm("" : "+r"(mask), "+r"(exponent));
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(pair) : "r"(turned), "r"(mask), "r"(exponent));
+  return pair;
+#else
   return (turned & 0x0FF00FF0u) | 0x70007000u;
+#endif
 }
 
 }  // namespace megamoe::sm90

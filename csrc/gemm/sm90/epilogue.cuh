@@ -31,9 +31,9 @@ struct Outputs {
 };
 
 struct Staging {
-  uint32_t memory;     // shared address, kStagingBytes of this warpgroup
-  const float* scales; // shared: global scale of each of the tile's rows (L1)
-  int barrier;         // named barrier of this warpgroup
+  uint32_t memory;      // shared address, kStagingBytes of this warpgroup
+  const float* scales;  // shared: global scale of each of the tile's rows (L1)
+  int barrier;          // named barrier of this warpgroup
 };
 
 __device__ __forceinline__ void meet(const Staging& s) {
@@ -82,35 +82,46 @@ __device__ __forceinline__ float round_e2m1(float x) {
   return copysignf(fminf((m + anchor) - anchor, 6.0f), x);
 }
 
-// Requantises blocks of 16 outputs: two in this thread, the others in the lanes that differ in bits
-// 2 to 4. As megamoe_ep/nvfp4.py does, but for the product with a reciprocal.
-__device__ __forceinline__ void requantise(float& a, float& b, float global_scale) {
-  uint32_t largest = max(__float_as_uint(fabsf(a)), __float_as_uint(fabsf(b)));
+// Bits of the largest magnitude over the lanes that differ in bits 2 to 4; NaN is above infinity.
+__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t largest) {
 #pragma unroll
   for (int lanes = 4; lanes < 32; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
   }
-  const float quotient = __fdividef(__uint_as_float(largest), 6.0f * global_scale);
-  const __nv_fp8_e4m3 rounded(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
-  const float scale =
-      largest < 0x7F800000u ? static_cast<float>(rounded) : __uint_as_float(0x7FC00000u);
-  float inverse;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale * global_scale));
-  a = round_e2m1(a * inverse) * scale;
-  b = round_e2m1(b * inverse) * scale;
+  return largest;
 }
+
+// How a block of 16 outputs is requantised. As megamoe_ep/nvfp4.py does, but for the product with a
+// reciprocal.
+struct BlockScale {
+  float scale;
+  float inverse;  // of scale times global scale
+
+  __device__ __forceinline__ BlockScale(uint32_t largest, float global_scale) {
+    const float quotient = __fdividef(__uint_as_float(largest), 6.0f * global_scale);
+    const __nv_fp8_e4m3 rounded(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
+    scale = largest < 0x7F800000u ? static_cast<float>(rounded) : __uint_as_float(0x7FC00000u);
+    asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale * global_scale));
+  }
+
+  __device__ __forceinline__ float operator()(float x) const {
+    return round_e2m1(x * inverse) * scale;
+  }
+};
 
 // Stores this warpgroup's outputs of slab `slab` for tokens first_row to end_row, at most N of them.
 template <int N, bool kGated>
 __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outputs& o,
                                               const Staging& s, int expert, int slab,
                                               int first_row, int end_row) {
+  constexpr int kStrips = 2;
   constexpr int kTokens = N < kChunk ? N : kChunk;
   constexpr int kMatrices = kTokens / 8;  // along the tokens
   constexpr int kRowBytes = kGated ? kSlabRows : 2 * kSlabRows;
   const int thread = thread_read_anew() % kWarpgroup;
   const int warp = thread / 32;
   const int lane = thread % 32;
+  const bool stores = thread < kChunk;  // one thread a token
 
   float alpha[2], global_scale = 0;
   alpha[0] = (kGated ? o.alpha[2 * expert] : o.alpha[expert]) * kUnscale;
@@ -122,7 +133,7 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outp
   for (int chunk = 0; chunk < N / kTokens; ++chunk) {
     const uint32_t staged = s.memory + (chunk % 2) * kChunk * kStagedRow;
     // Earlier copies have to be through with this half; a tile may begin where the last one ended.
-    if (thread < kChunk) {
+    if (stores) {
       if (chunk == 0) {
         wait_stores_read<0>();
       } else {
@@ -131,64 +142,76 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outp
     }
     meet(s);
 
-    uint32_t pairs[2][kMatrices][kGated ? 1 : 2];  // [mb][8 tokens][rows r, r + 8]
+    uint32_t pairs[kStrips][kMatrices][kGated ? 1 : 2];  // [strip][8 tokens][rows r, r + 8]
+    if constexpr (kGated) {
 #pragma unroll
-    for (int j = 0; j < kMatrices; ++j) {
-      const int column = chunk * kTokens + 8 * j;
-      if constexpr (kGated) {
-        float h[2][2];  // [mb][token]
+      for (int j = 0; j < kMatrices; ++j) {
+        const int column = chunk * kTokens + 8 * j;
+        float h[2][kStrips];  // [token][strip]
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const float row_scale = s.scales[column + 2 * (lane % 4) + t];
 #pragma unroll
-          for (int mb = 0; mb < 2; ++mb) {
-            const float gate = acc[mb][column / 2 + t] * row_scale * alpha[0];
-            const float up = acc[mb][column / 2 + 2 + t] * row_scale * alpha[1];
-            h[mb][t] = swiglu(gate, up, o.clamp);
+          for (int strip = 0; strip < kStrips; ++strip) {
+            const float gate = acc[strip][column / 2 + t] * row_scale * alpha[0];
+            const float up = acc[strip][column / 2 + 2 + t] * row_scale * alpha[1];
+            h[t][strip] = swiglu(gate, up, o.clamp);
           }
-          if (quantised) requantise(h[0][t], h[1][t], global_scale);
+          if (quantised) {
+            // A block of 16 is the eight outputs of a warp in one strip, then those in the other.
+            const uint32_t largest = largest_of_lanes(
+                max(__float_as_uint(fabsf(h[t][0])), __float_as_uint(fabsf(h[t][1]))));
+            const BlockScale requantised(largest, global_scale);
+            h[t][0] = requantised(h[t][0]);
+            h[t][1] = requantised(h[t][1]);
+          }
         }
 #pragma unroll
-        for (int mb = 0; mb < 2; ++mb) pairs[mb][j][0] = pair_of(h[mb][0], h[mb][1]);
-      } else {
+        for (int strip = 0; strip < kStrips; ++strip) {
+          pairs[strip][j][0] = pair_of(h[0][strip], h[1][strip]);
+        }
+      }
+    } else {
 #pragma unroll
-        for (int mb = 0; mb < 2; ++mb) {
+      for (int j = 0; j < kMatrices; ++j) {
+#pragma unroll
+        for (int strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float* two = &acc[mb][column / 2 + 2 * half];
-            pairs[mb][j][half] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
+            const float* two = &acc[strip][(chunk * kTokens + 8 * j) / 2 + 2 * half];
+            pairs[strip][j][half] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
           }
         }
       }
     }
 
-    // Where a lane's matrix row goes: token lane % 8, and 16 bytes of outputs.
+    // Where a lane's matrix row goes: token lane % 8 of eight, and 16 bytes of outputs. Where there
+    // are only two matrices, they go to their place twice.
     const int matrix = lane / 8;
+    constexpr int last = kMatrices - 1;
     if constexpr (kGated) {
-      // Outputs of a warp: 16, those of mb = 0 first. Matrices: mb, then tokens.
-      const int mb = matrix % 2;
+      // 16 outputs a warp: eight of strip 0, eight of strip 1.
+      const int strip = matrix % 2;
       const int j = kMatrices == 2 ? matrix / 2 : 0;
-      const uint32_t to = staged + (8 * j + lane % 8) * kStagedRow + 32 * warp + 16 * mb;
-      const uint32_t four[4] = {pairs[0][0][0], pairs[1][0][0], pairs[0][kMatrices - 1][0],
-                                pairs[1][kMatrices - 1][0]};
-      store_transposed(to, four);  // for 8 tokens, the same twice
+      const uint32_t to = staged + (8 * j + lane % 8) * kStagedRow + 32 * warp + 16 * strip;
+      store_transposed(to,
+                       {pairs[0][0][0], pairs[1][0][0], pairs[0][last][0], pairs[1][last][0]});
     } else {
 #pragma unroll
       for (int j = 0; j < kMatrices; ++j) {
-        const int mb = matrix / 2;
+        const int strip = matrix / 2;
         const int half = matrix % 2;
         const uint32_t to =
-            staged + (8 * j + lane % 8) * kStagedRow + 128 * mb + 32 * warp + 16 * half;
-        const uint32_t four[4] = {pairs[0][j][0], pairs[0][j][1], pairs[1][j][0], pairs[1][j][1]};
-        store_transposed(to, four);
+            staged + (8 * j + lane % 8) * kStagedRow + 128 * strip + 32 * warp + 16 * half;
+        store_transposed(to, {pairs[0][j][0], pairs[0][j][1], pairs[1][j][0], pairs[1][j][1]});
       }
     }
     cutlass::arch::fence_view_async_shared();
     meet(s);
-    if (thread < kTokens) {
-      const int row = first_row + chunk * kTokens + thread;
-      if (row < end_row) {
-        char* to = reinterpret_cast<char*>(o.out + row * o.row_elements) +
+    if (stores) {
+      const int token = chunk * kTokens + thread;
+      if (thread < kTokens && first_row + token < end_row) {
+        char* to = reinterpret_cast<char*>(o.out + (first_row + token) * o.row_elements) +
                    static_cast<int64_t>(slab) * kRowBytes;
         store_bulk(to, staged + thread * kStagedRow, kRowBytes);
       }

@@ -4,7 +4,7 @@
 // experts' first rows, which only the device knows. Writes: rows of bf16, of tokens alone.
 // Floor: max(weight bytes of experts with rows / memory bandwidth, 2 R N K / bf16 rate).
 //
-// One block an SM. A producer warp copies k64 blocks into a ring of stages. Two consumer warpgroups,
+// One block an SM. Producer warps copy k64 blocks into a ring of stages. Two consumer warpgroups, of
 // 128 weight rows each, decode weights from shared memory into registers and multiply them with the
 // tokens in shared memory; they decode one group of k16 steps while wgmma works on the one before.
 // An output is summed over k in one order, whatever the tile's width and whoever its neighbours are.
@@ -24,14 +24,16 @@
 
 namespace megamoe::sm90 {
 
-constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kConsumerWarps = 8;
+constexpr int kStrips = 2;  // m64 blocks of a warpgroup
+constexpr int kConsumers = kWeightRows / 64 / kStrips;  // warpgroups
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 
-// Two maps of the same tokens, for boxes of 16 and of 64 rows, each 64 of k wide.
+// Maps of the same tokens, for boxes of 16, 32 and 64 rows, each 64 of k wide.
 struct TokenMaps {
   CUtensorMap rows16;
+  CUtensorMap rows32;
   CUtensorMap rows64;
 };
 
@@ -69,7 +71,7 @@ constexpr int kSteps = N <= 96 ? 4 : N <= 144 ? 2 : 1;
 
 // Codes and scales of one thread for a k64 block of 128 rows.
 struct Packed {
-  uint4 codes[2];
+  uint4 codes[kStrips];
   uint4 scales;
 
   __device__ __forceinline__ void load(uint32_t slab_block) {
@@ -80,14 +82,14 @@ struct Packed {
   }
 
   template <int step>
-  __device__ __forceinline__ uint32_t word(int mb) const {
-    const uint4& c = codes[mb];
+  __device__ __forceinline__ uint32_t word(int strip) const {
+    const uint4& c = codes[strip];
     return step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
   }
 
   template <int step>
-  __device__ __forceinline__ uint32_t scale_word(int mb) const {
-    return step < 2 ? (mb ? scales.z : scales.x) : (mb ? scales.w : scales.y);
+  __device__ __forceinline__ uint32_t scale_word(int strip) const {
+    return step < 2 ? (strip ? scales.z : scales.x) : (strip ? scales.w : scales.y);
   }
 };
 
@@ -100,9 +102,9 @@ __device__ __forceinline__ uint32_t product(uint32_t codes, __nv_bfloat162 scale
 }
 
 template <int step>
-__device__ __forceinline__ void decode(const Packed& packed, int mb, uint32_t (&a)[4]) {
-  const uint32_t word = packed.word<step>(mb);
-  const uint32_t scales = scales_of<step % 2>(packed.scale_word<step>(mb));
+__device__ __forceinline__ void decode(const Packed& packed, int strip, uint32_t (&a)[4]) {
+  const uint32_t word = packed.word<step>(strip);
+  const uint32_t scales = scales_of<step % 2>(packed.scale_word<step>(strip));
   __nv_bfloat162 both;
   memcpy(&both, &scales, 4);
   const __nv_bfloat162 r0 = __low2bfloat162(both);
@@ -113,9 +115,10 @@ __device__ __forceinline__ void decode(const Packed& packed, int mb, uint32_t (&
   a[3] = product(codes_of<3>(word), r8);
 }
 
+// `count` k16 steps of a block from step `first` on.
 template <int first, int count>
 __device__ __forceinline__ void decode_group(const Packed& packed,
-                                             uint32_t (&fragments)[count][2][4]) {
+                                             uint32_t (&fragments)[count][kStrips][4]) {
   [&]<int... i>(std::integer_sequence<int, i...>) {
     ((decode<first + i>(packed, 0, fragments[i][0]), decode<first + i>(packed, 1, fragments[i][1])),
      ...);
@@ -127,23 +130,56 @@ __device__ __forceinline__ void release(uint32_t empty) {
   if (threadIdx.x % 32 == 0) arrive(empty);
 }
 
+// Has the fragments computed by here. ptxas would move most of a decode below the wait that follows
+// it, away from the wgmma that it is to overlap with; a branch that needs them, and that is never
+// taken, stops it.
+template <int count>
+__device__ __forceinline__ void compute_by_here(const uint32_t (&fragments)[count][kStrips][4],
+                                                bool never) {
+  if (never) {
+#pragma unroll
+    for (int i = 0; i < count * kStrips * 4; ++i) {
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(0),
+                   "r"(fragments[i / 4 / kStrips][i / 4 % kStrips][i % 4]));
+    }
+  }
+}
+
+// The same number in every thread of a warp, known to be so to the compiler, which then keeps it and
+// what follows from it where wgmma wants its descriptors.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
+
 // Sums a tile over all of k; the warpgroup's weights are slab `half` of each stage.
 template <int N>
-__device__ __forceinline__ void accumulate(float (&acc)[2][N / 2], Ring& ring, int k_blocks,
+__device__ __forceinline__ void accumulate(float (&acc)[kStrips][N / 2], Ring& ring, int k_blocks,
                                            int half) {
   constexpr int kPerGroup = kSteps<N>;
   constexpr int kGroups = 4 / kPerGroup;
-  uint32_t fragments[2][kPerGroup][2][4];
+  // With one group a block, codes are loaded a block before they are decoded.
+  constexpr bool kEarly = kGroups == 1;
+  uint32_t fragments[2][kPerGroup][kStrips][4];
   Packed packed;
+  const bool never = k_blocks < 0;
 
 #pragma unroll
-  for (int mb = 0; mb < 2; ++mb) {
+  for (int mb = 0; mb < kStrips; ++mb) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[mb][i] = 0;
   }
-  ring.wait_full();
-  packed.load(ring.weights() + half * kSlabBlockBytes);
+  const auto load = [&] {
+    ring.wait_full();
+    packed.load(ring.weights() + half * kSlabBlockBytes);
+  };
+  load();
   decode_group<0, kPerGroup>(packed, fragments[0]);
+  Place now = ring.place();  // of the block that is being multiplied
+  Place next = now;          // of the one that is decoded, where that is another
+  ring.advance();
+  if constexpr (kEarly) {
+    load();
+    next = ring.place();
+    ring.advance();
+  }
 
   // K is a multiple of 128: two blocks a turn, so that the fragments' turns are known here.
 #pragma unroll 1
@@ -152,8 +188,9 @@ __device__ __forceinline__ void accumulate(float (&acc)[2][N / 2], Ring& ring, i
       (([&] {
          constexpr int turn = g % 2;
          constexpr int in_block = g % kGroups;
+         constexpr int block = g / kGroups;
          const uint64_t tokens =
-             token_descriptor(ring.tokens()) + in_block * kPerGroup * (32 >> 4);
+             token_descriptor(uniform(now.tokens)) + in_block * kPerGroup * (32 >> 4);
          pin(acc[0]);
          pin(acc[1]);
          cute::warpgroup_arrive();
@@ -163,22 +200,33 @@ __device__ __forceinline__ void accumulate(float (&acc)[2][N / 2], Ring& ring, i
            multiply_add<N>(acc[1], fragments[turn][i][1], tokens + i * (32 >> 4));
          }
          cute::warpgroup_commit_batch();
-         // While that goes on; the group before it is over.
+         // While that goes on, the next group; after the last block once more, for nothing.
          if constexpr (in_block + 1 < kGroups) {
            decode_group<(in_block + 1) * kPerGroup, kPerGroup>(packed, fragments[turn ^ 1]);
+           compute_by_here(fragments[turn ^ 1], never);
            cute::warpgroup_wait<0>();
          } else {
-           const uint32_t empty = ring.empty();
-           ring.advance();
-           if (g + 1 < 2 * kGroups || pair + 2 < k_blocks) {
-             ring.wait_full();
-             packed.load(ring.weights() + half * kSlabBlockBytes);
+           const uint32_t done = now.empty;
+           if constexpr (kEarly) {
+             decode_group<0, kPerGroup>(packed, fragments[turn ^ 1]);
+             compute_by_here(fragments[turn ^ 1], never);
+             now = next;
+             if (pair + block + 2 < k_blocks) {
+               load();
+               next = ring.place();
+               ring.advance();
+             }
+           } else {
+             if (pair + block + 1 < k_blocks) {
+               load();
+               now = ring.place();
+               ring.advance();
+             }
+             decode_group<0, kPerGroup>(packed, fragments[turn ^ 1]);
+             compute_by_here(fragments[turn ^ 1], never);
            }
-           // After the last block too, for nothing: fragments that only some paths define would
-           // count as live everywhere.
-           decode_group<0, kPerGroup>(packed, fragments[turn ^ 1]);
            cute::warpgroup_wait<0>();
-           release(empty);
+           release(done);
          }
        }()),
        ...);
@@ -188,86 +236,85 @@ __device__ __forceinline__ void accumulate(float (&acc)[2][N / 2], Ring& ring, i
   pin(acc[1]);
 }
 
-// The copies of one tile's k64 blocks.
-struct Feed {
-  const uint8_t* weights;  // of the tile's first slab
-  int64_t slab_bytes;
-  int slabs;               // 1 or 2
-  int width;
-  int first_row;
+// The producer warps. What one thread can issue beside 8 or 16 busy warps is not enough to feed them,
+// so each has its share of every stage: two warps a slab of weights each, two warps the tokens.
+constexpr int kWeightWarps = 2;
 
-  __device__ Feed(const Problem& p, const Walk& walk) : width(walk.width()) {
-    const Tile tile = walk.tile();
-    const int all_slabs = p.n / kSlabRows;
-    slab_bytes = static_cast<int64_t>(p.k / kBlockK) * kSlabBlockBytes;
-    slabs = min(2, all_slabs - 2 * tile.weight_tile);
-    weights = p.weights +
-              (static_cast<int64_t>(tile.expert) * all_slabs + 2 * tile.weight_tile) * slab_bytes;
-    first_row = tile.first_row;
-  }
-
-  __device__ __forceinline__ void weights_into(const Ring& to, int block) const {
-    arrive_and_expect(to.full(), slabs * kSlabBlockBytes + max(width, 16) * kTokenBytes);
-    const uint8_t* from = weights + block * kSlabBlockBytes;
-    copy_bulk(to.weights(), from, kSlabBlockBytes, to.full(), kEvictFirst);
-    if (slabs == 2) {
-      copy_bulk(to.weights() + kSlabBlockBytes, from + slab_bytes, kSlabBlockBytes, to.full(),
-                kEvictFirst);
-    }
-  }
-
-  __device__ __forceinline__ void tokens_into(const Ring& to, const TokenMaps& maps,
-                                              int block) const {
-    int row = 0;
-#pragma unroll 1
-    for (; row + 64 <= width; row += 64) {
-      copy_box(to.tokens() + row * kTokenBytes, &maps.rows64, block * kBlockK, first_row + row,
-               to.full(), kEvictLast);
-    }
-#pragma unroll 1
-    for (; row < width; row += 16) {
-      copy_box(to.tokens() + row * kTokenBytes, &maps.rows16, block * kBlockK, first_row + row,
-               to.full(), kEvictLast);
-    }
-  }
-};
-
-template <bool kGated>
-__device__ __forceinline__ void produce(const Problem& p, const TokenMaps& maps, Ring ring,
-                                        Walk walk) {
+__device__ __forceinline__ void produce_weights(const Problem& p, Ring ring, Walk walk, int warp) {
   const int k_blocks = p.k / kBlockK;
-  if (!walk.valid()) return;
-  int ahead = 0;  // blocks of the first tile whose weights are on their way
-  if constexpr (!kGated) {
-    // L1 may still be at work; weights do not wait for it.
-    const Feed feed(p, walk);
-    Ring to = ring;
-    for (; ahead < min(ring.stages(), k_blocks); ++ahead) {
-      feed.weights_into(to, ahead);
-      to.advance();
-    }
-    wait_for_previous_kernel();
-  }
-  do {
-    const Feed feed(p, walk);
+  const int all_slabs = p.n / kSlabRows;
+  for (; walk.valid(); walk.advance(gridDim.x)) {
+    const Tile tile = walk.tile();
+    const int slab = 2 * tile.weight_tile + warp;
+    const bool there = slab < all_slabs;
+    const uint32_t bytes = min(2, all_slabs - 2 * tile.weight_tile) * kSlabBlockBytes +
+                           max(walk.width(), 16) * kTokenBytes;
+    const uint8_t* from = p.weights + (static_cast<int64_t>(tile.expert) * all_slabs + slab) *
+                                          k_blocks * kSlabBlockBytes;
 #pragma unroll 1
     for (int block = 0; block < k_blocks; ++block) {
-      if (block >= ahead) {
-        ring.wait_empty();
-        feed.weights_into(ring, block);
+      ring.wait_empty();
+      if (warp == 0) arrive_and_expect(ring.full(), bytes);
+      if (there) {
+        copy_bulk(ring.weights() + warp * kSlabBlockBytes, from, kSlabBlockBytes, ring.full(),
+                  kEvictFirst);
       }
-      feed.tokens_into(ring, maps, block);
+      from += kSlabBlockBytes;
       ring.advance();
     }
-    ahead = 0;
-    walk.advance(gridDim.x);
-  } while (walk.valid());
+  }
+}
+
+// A tile's tokens come in boxes of 64 rows, then 32, then 16; the warps take them in turn, at most
+// two each.
+template <bool kGated>
+__device__ __forceinline__ void produce_tokens(const Problem& p, const TokenMaps& maps, Ring ring,
+                                               Walk walk, int warp) {
+  // L1 may still be at work on them; weights do not wait for it.
+  if constexpr (!kGated) wait_for_previous_kernel();
+  const int k_blocks = p.k / kBlockK;
+  for (; walk.valid(); walk.advance(gridDim.x)) {
+    const Tile tile = walk.tile();
+    const int width = walk.width();
+    int boxes = 0;
+    int rows[2] = {0, 0};
+    const CUtensorMap* map[2] = {nullptr, nullptr};
+    for (int row = 0, turn = 0; row < width; turn ^= 1) {
+      const int size = width - row >= 64 ? 64 : width - row >= 32 ? 32 : 16;
+      if (turn == warp) {
+        const CUtensorMap* of_size = size == 64 ? &maps.rows64 : size == 32 ? &maps.rows32
+                                                                            : &maps.rows16;
+        if (boxes == 0) {
+          rows[0] = row;
+          map[0] = of_size;
+        } else {
+          rows[1] = row;
+          map[1] = of_size;
+        }
+        ++boxes;
+      }
+      row += size;
+    }
+#pragma unroll 1
+    for (int block = 0; block < k_blocks; ++block) {
+      ring.wait_empty();
+      if (boxes > 0) {
+        copy_box(ring.tokens() + rows[0] * kTokenBytes, map[0], block * kBlockK,
+                 tile.first_row + rows[0], ring.full(), kEvictLast);
+      }
+      if (boxes > 1) {
+        copy_box(ring.tokens() + rows[1] * kTokenBytes, map[1], block * kBlockK,
+                 tile.first_row + rows[1], ring.full(), kEvictLast);
+      }
+      ring.advance();
+    }
+  }
 }
 
 // One tile of this warpgroup's half of the weights.
 template <int N, bool kGated>
 __device__ __forceinline__ void consume(const Problem& p, Ring& ring, const Walk& walk) {
-  float acc[2][N / 2];
+  float acc[kStrips][N / 2];
   accumulate<N>(acc, ring, p.k / kBlockK, thread_read_anew() / kWarpgroup);
   const Tile tile = walk.tile();
   const int half = thread_read_anew() / kWarpgroup;
@@ -289,7 +336,6 @@ __device__ __forceinline__ void consume_width(const Problem& p, Ring& ring, cons
 
 template <bool kGated>
 __device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk walk, int half) {
-  const int thread = threadIdx.x % kWarpgroup;
   for (; walk.valid(); walk.advance(gridDim.x)) {
     const int width = walk.width();
     {
@@ -304,7 +350,7 @@ __device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk wa
       }
       if constexpr (kGated) {
         // Everyone is through with the last tile's scales at the last barrier of its epilogue.
-        for (int t = thread; t < width; t += kWarpgroup) {
+        for (int t = threadIdx.x % kWarpgroup; t < width; t += kWarpgroup) {
           const int row = tile.first_row + t;
           shared().scales[half][t] = row < tile.end_row ? p.row_scales[row] : 0.0f;
         }
@@ -312,7 +358,7 @@ __device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk wa
     }
     consume_width<kGated, 8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176>(p, ring, walk, width);
   }
-  if (thread < kChunk) wait_stores_done();
+  wait_stores_done();
 }
 
 // first_tiles[L + 1] from offsets[L + 1]; returns the widest tile's width. By one warp.
@@ -348,10 +394,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows16));
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows32));
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows64));
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
-      init_barrier(barriers + 8 * (kMaxStages + s), kConsumerWarps);
+      init_barrier(barriers + 8 * (kMaxStages + s), 4 * kConsumers);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -370,9 +417,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int weight_tiles = ceil_div(p.n, kWeightRows);
   const Walk walk(offsets, first_tiles, p.experts, weight_tiles, static_cast<int>(blockIdx.x));
   const Ring ring(shared_address(shared().ring), barriers, shared().widest);
-  if (warpgroup == 2) {
+  if (warpgroup == kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if (threadIdx.x == 2 * kWarpgroup) produce<kGated>(p, maps, ring, walk);
+    const int warp = threadIdx.x % kWarpgroup / 32;
+    if (threadIdx.x % 32 == 0) {
+      if (warp < kWeightWarps) {
+        produce_weights(p, ring, walk, warp);
+      } else {
+        produce_tokens<kGated>(p, maps, ring, walk, warp - kWeightWarps);
+      }
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
     consume_all<kGated>(p, ring, walk, warpgroup);

@@ -1,4 +1,4 @@
-// The ring of stages between the producer warp and the two consumer warpgroups.
+// The ring of stages between the producer warps and the consumer warpgroups.
 //
 // A stage is one k64 block: two slab blocks of weights, then the tokens, in rows of 128 bytes. All
 // experts' tiles are known before the first copy, so stages are only as wide as the widest needs,
@@ -67,6 +67,12 @@ struct Barriers {
   uint64_t empty[kMaxStages];  // one arrival of each consumer warp
 };
 
+// What a consumer has to know of a stage after its codes are loaded: shared addresses.
+struct Place {
+  uint32_t tokens;
+  uint32_t empty;
+};
+
 // A place in the ring, and in time.
 class Ring {
  public:
@@ -79,6 +85,7 @@ class Ring {
   __device__ uint32_t tokens() const { return weights() + kWeightStageBytes; }
   __device__ uint32_t full() const { return barriers_ + 8 * stage_; }
   __device__ uint32_t empty() const { return full() + 8 * kMaxStages; }
+  __device__ Place place() const { return {tokens(), empty()}; }
   __device__ void wait_full() const { wait(full(), phase_); }
   __device__ void wait_empty() const { wait(empty(), phase_ ^ 1); }
   __device__ void advance() {
