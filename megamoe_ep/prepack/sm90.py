@@ -11,14 +11,15 @@ r = 16 * w + l / 4 and r + 8. Its registers hold two columns each, h = 0, 1, the
 half of the word and of the register:
 
     register   row     column within the step   sign at    magnitude at
-    a0         r       2 * c + h                15         8..6
-    a1         r + 8   2 * c + h                12         5..3
-    a2         r       2 * c + 8 + h            14         2..0
-    a3         r + 8   2 * c + 8 + h            13         11..9
+    a0         r       2 * c + h                15         8, 7, 6
+    a1         r + 8   2 * c + h                12         5, 4, 3
+    a2         r       2 * c + 8 + h            9          2, 1, 0
+    a3         r + 8   2 * c + 8 + h            13         11, 10, 14 of the other half
 
-All bits are those of one 16-bit half. Bit 15 and 8..6 are where a bf16 has its sign, the two lowest
-bits of its exponent and the highest of its significand; so masked, and shifted where need be, a
-code is a bf16 worth value * 2**-126, denormals included.
+Bits are those of the 16-bit half of h. Bit 15 and 8..6 are where a bf16 has its sign, the two lowest
+bits of its exponent and the highest of its significand; so shifted left, a0 to a2 by 0, 3 and 6, and
+masked, a code is a bf16 worth value * 2**-126, denormals included. a3 is what these leave: masked,
+then shifted by 2, 8 and 13 around the end of the word, the three added, and masked.
 
 Scales. For q = t / 4 there are 16 bytes at 4096 + 16 * q: words for (mb, p) = (0, 0), (0, 1),
 (1, 0), (1, 1). A word serves the steps 2 * p and 2 * p + 1:
@@ -53,7 +54,8 @@ CODE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // 2
 SCALE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // nvfp4.BLOCK
 BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
 
-_SIGN_AND_MAGNITUDE_AT = ((15, 6), (12, 3), (14, 0), (13, 9))  # lowest bits, for a0 to a3
+# Of a code's bits, the sign first: where they are in its half of a word, or from 16 on in the other.
+_BITS_AT = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (13, 16 + 11, 16 + 10, 16 + 14))
 _NAN = 0x7F  # of UE4M3
 _PACKED_NAN = 0xFF
 
@@ -146,13 +148,13 @@ def _code_words(codes: torch.Tensor) -> torch.Tensor:
     """Bytes [N, K/2], in packed row order, to int32 [S, B, strip, warp, row, pair, step]."""
     n, half_k = codes.shape
     byte = codes.view(n // SLAB_ROWS, 2, 4, 2, 8, 2 * half_k // BLOCK_COLUMNS, 4, 2, 4)
-    word = None
-    for register, (sign_at, magnitude_at) in enumerate(_SIGN_AND_MAGNITUDE_AT):
+    word: torch.Tensor | int = 0
+    for register, places in enumerate(_BITS_AT):
         pair = byte[:, :, :, register % 2, :, :, :, register // 2].int()
-        pair = pair & 15 | (pair & 240) << 12
-        part = (pair & 0x0008_0008) << sign_at - 3 | (pair & 0x0007_0007) << magnitude_at
-        word = part if word is None else word.bitwise_or_(part)
-    assert word is not None
+        for bit, at in zip((3, 2, 1, 0), places, strict=True):
+            even, odd = pair >> bit & 1, pair >> bit + 4 & 1
+            word = even << at | odd << (at + 16) % 32 | word
+    assert isinstance(word, torch.Tensor)
     return word.permute(0, 4, 1, 2, 3, 6, 5).contiguous()
 
 
@@ -160,10 +162,12 @@ def _codes_of_words(packed: torch.Tensor) -> torch.Tensor:
     slabs, blocks, _ = packed.shape
     word = packed.contiguous().view(torch.int32).view(slabs, blocks, 2, 4, 8, 4, 4)
     word = word.permute(0, 2, 3, 4, 1, 6, 5)
-    byte = packed.new_empty(slabs, 2, 4, 2, 8, blocks, 4, 2, 4)
-    for register, (sign_at, magnitude_at) in enumerate(_SIGN_AND_MAGNITUDE_AT):
-        pair = word >> sign_at - 3 & 0x0008_0008 | word >> magnitude_at & 0x0007_0007
-        byte[:, :, :, register % 2, :, :, :, register // 2] = pair & 15 | pair >> 12 & 240
+    byte = packed.new_zeros(slabs, 2, 4, 2, 8, blocks, 4, 2, 4)
+    for register, places in enumerate(_BITS_AT):
+        pair = byte[:, :, :, register % 2, :, :, :, register // 2]
+        for bit, at in zip((3, 2, 1, 0), places, strict=True):
+            even, odd = word >> at & 1, word >> (at + 16) % 32 & 1
+            pair |= (even << bit | odd << bit + 4).to(torch.uint8)
     return byte.view(slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS // 2)
 
 

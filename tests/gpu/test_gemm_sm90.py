@@ -29,7 +29,7 @@ TOLERANCE = {"bf16": 2e-3, "nvfp4": 5e-3}
 POISON = 0x7FA5  # a NaN that no arithmetic makes
 GUARD_ROWS = 3
 MIXED = (0, 1, 7, 63, 64, 65, 129, 1000, 0)
-WIDTHS = (8, *range(16, 177, 16))
+WIDTHS = tuple(range(8, 177, 8))
 
 
 @dataclass

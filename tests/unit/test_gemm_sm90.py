@@ -17,7 +17,7 @@ from megamoe_ep.prepack import sm90
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 SCHEDULES = 1000
-WIDTHS = {8, *range(16, 177, 16)}  # the instances of the kernel
+WIDTHS = set(range(8, 177, 8))  # that the kernel has instructions for
 
 
 def build(folder: Path, source: str, compiler: list[str]) -> ctypes.CDLL:
@@ -180,5 +180,4 @@ def test_widths_waste_little(schedule):
     for rows in range(1, 2000):
         _, _, tiles = tiles_of(schedule, torch.tensor([rows]), 1, 1)
         width = int(tiles[0, 3])
-        assert len(tiles) * width - rows < 16 * len(tiles)
-        assert rows > 8 or width == 8
+        assert 0 <= len(tiles) * width - rows < 8 * len(tiles)

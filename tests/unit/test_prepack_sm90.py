@@ -9,7 +9,14 @@ from megamoe_ep import nvfp4, transform_weights_for_nvfp4_mega_moe, weights
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.prepack import sm90
 
-SIGN_AND_MAGNITUDE_AT = {(0, 0): (15, 6), (8, 0): (12, 3), (0, 8): (14, 0), (8, 8): (13, 9)}
+# By row and column of the register: where the code's bits are, the sign first; from 16 on, in the
+# other half of the word.
+BITS_AT = {
+    (0, 0): (15, 8, 7, 6),
+    (8, 0): (12, 5, 4, 3),
+    (0, 8): (9, 2, 1, 0),
+    (8, 8): (13, 27, 26, 30),
+}
 
 
 def checkpoint(experts: int, n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,16 +78,17 @@ def test_every_bit_is_where_the_description_says(gated):
             for step in range(4):
                 word = word_at(2048 * strip + 16 * thread + 4 * step)
                 covered = 0
-                for (down, right), (sign, magnitude) in SIGN_AND_MAGNITUDE_AT.items():
+                for (down, right), places in BITS_AT.items():
                     row = checkpoint_row(strip, first + down)
                     for h in range(2):
                         column = 64 * block + 16 * step + 2 * (thread % 4) + right + h
                         code = nibbles[row][column]
                         if bytes_of_scale[row][column // 16] == 0:
                             code &= 8
-                        assert word >> sign + 16 * h & 1 == code >> 3
-                        assert word >> magnitude + 16 * h & 7 == code & 7
-                        covered |= (1 << sign | 7 << magnitude) << 16 * h
+                        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+                            at = (place + 16 * h) % 32
+                            assert word >> at & 1 == code >> bit & 1
+                            covered |= 1 << at
                 assert covered == 0xFFFF_FFFF
         for q in range(32):
             first = 16 * (q // 8) + q % 8

@@ -14,19 +14,17 @@ namespace megamoe::sm90 {
 
 constexpr float kUnscale = 128.0f;  // what the products lack
 
-constexpr uint32_t kSigns = 0x80008000;
-constexpr uint32_t kMagnitudes = 0x01C001C0;
-constexpr uint32_t kCodes = kSigns | kMagnitudes;
+constexpr uint32_t kCodes = 0x81C081C0;  // where a code belongs in each half of a register
 
-// Register i of the fragment, before its scale.
+// Register i of the fragment, before its scale. Three times four bits of a half-word can have a code's
+// own distances; a3 is what they leave, brought together by one product that shifts by 2, 8 and 13
+// without a carry, around the word's end.
 template <int i>
 MEGAMOE_HD uint32_t codes_of(uint32_t word) {
   static_assert(i >= 0 && i < 4);
-  if constexpr (i == 0) return word & kCodes;
-  if constexpr (i == 1) return word << 3 & kCodes;
-  const uint32_t sign = i == 2 ? word << 1 : word << 2;
-  const uint32_t magnitude = i == 2 ? word << 6 : word >> 3;
-  return ((sign & kSigns) | (magnitude & ~kSigns)) & kCodes;
+  if constexpr (i < 3) return word << 3 * i & kCodes;
+  const uint64_t shifted = uint64_t{word & 0x6C006C00} * (1 << 2 | 1 << 8 | 1 << 13);
+  return static_cast<uint32_t>(shifted | shifted >> 32) & kCodes;
 }
 
 // Scales of rows r (low half) and r + 8 (high half) at an even and an odd k16 step: one word has both.

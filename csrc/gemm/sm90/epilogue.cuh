@@ -109,14 +109,13 @@ struct BlockScale {
   }
 };
 
-// Stores this warpgroup's outputs of slab `slab` for tokens first_row to end_row, at most N of them.
-template <int N, bool kGated>
-__device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outputs& o,
+// Stores this warpgroup's outputs of slab `slab` for tokens first_row to end_row, at most kWidest.
+template <int kWidest, bool kGated>
+__device__ __forceinline__ void store_outputs(float (&acc)[2][kWidest / 2], const Outputs& o,
                                               const Staging& s, int expert, int slab,
                                               int first_row, int end_row) {
   constexpr int kStrips = 2;
-  constexpr int kTokens = N < kChunk ? N : kChunk;
-  constexpr int kMatrices = kTokens / 8;  // along the tokens
+  constexpr int kMatrices = kChunk / 8;  // along the tokens
   constexpr int kRowBytes = kGated ? kSlabRows : 2 * kSlabRows;
   const int thread = thread_read_anew() % kWarpgroup;
   const int warp = thread / 32;
@@ -130,7 +129,8 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outp
   if (quantised) global_scale = o.input_scale[expert];
 
 #pragma unroll
-  for (int chunk = 0; chunk < N / kTokens; ++chunk) {
+  for (int chunk = 0; chunk < kWidest / kChunk; ++chunk) {
+    if (first_row + chunk * kChunk >= end_row) break;
     const uint32_t staged = s.memory + (chunk % 2) * kChunk * kStagedRow;
     // Earlier copies have to be through with this half; a tile may begin where the last one ended.
     if (stores) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outp
     if constexpr (kGated) {
 #pragma unroll
       for (int j = 0; j < kMatrices; ++j) {
-        const int column = chunk * kTokens + 8 * j;
+        const int column = chunk * kChunk + 8 * j;
         float h[2][kStrips];  // [token][strip]
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
@@ -178,24 +178,22 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outp
         for (int strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float* two = &acc[strip][(chunk * kTokens + 8 * j) / 2 + 2 * half];
+            const float* two = &acc[strip][(chunk * kChunk + 8 * j) / 2 + 2 * half];
             pairs[strip][j][half] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
           }
         }
       }
     }
 
-    // Where a lane's matrix row goes: token lane % 8 of eight, and 16 bytes of outputs. Where there
-    // are only two matrices, they go to their place twice.
+    // Where a lane's matrix row goes: token lane % 8 of eight, and 16 bytes of outputs.
     const int matrix = lane / 8;
-    constexpr int last = kMatrices - 1;
     if constexpr (kGated) {
       // 16 outputs a warp: eight of strip 0, eight of strip 1.
       const int strip = matrix % 2;
-      const int j = kMatrices == 2 ? matrix / 2 : 0;
+      const int j = matrix / 2;
       const uint32_t to = staged + (8 * j + lane % 8) * kStagedRow + 32 * warp + 16 * strip;
       store_transposed(to,
-                       {pairs[0][0][0], pairs[1][0][0], pairs[0][last][0], pairs[1][last][0]});
+                       {pairs[0][0][0], pairs[1][0][0], pairs[0][1][0], pairs[1][1][0]});
     } else {
 #pragma unroll
       for (int j = 0; j < kMatrices; ++j) {
@@ -209,8 +207,8 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][N / 2], const Outp
     cutlass::arch::fence_view_async_shared();
     meet(s);
     if (stores) {
-      const int token = chunk * kTokens + thread;
-      if (thread < kTokens && first_row + token < end_row) {
+      const int token = chunk * kChunk + thread;
+      if (first_row + token < end_row) {
         char* to = reinterpret_cast<char*>(o.out + (first_row + token) * o.row_elements) +
                    static_cast<int64_t>(slab) * kRowBytes;
         store_bulk(to, staged + thread * kStagedRow, kRowBytes);

@@ -65,9 +65,8 @@ extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 __device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(shared_memory); }
 
-// k16 steps of a group: wide tiles leave registers for fewer fragments.
-template <int N>
-constexpr int kSteps = N <= 96 ? 4 : N <= 144 ? 2 : 1;
+// Tiles up to here are narrow: memory or decoding is their bound, not the tensor cores.
+constexpr int kNarrow = 64;
 
 // Codes and scales of one thread for a k64 block of 128 rows.
 struct Packed {
@@ -149,89 +148,125 @@ __device__ __forceinline__ void compute_by_here(const uint32_t (&fragments)[coun
 // what follows from it where wgmma wants its descriptors.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
 
-// Sums a tile over all of k; the warpgroup's weights are slab `half` of each stage.
-template <int N>
-__device__ __forceinline__ void accumulate(float (&acc)[kStrips][N / 2], Ring& ring, int k_blocks,
-                                           int half) {
-  constexpr int kPerGroup = kSteps<N>;
-  constexpr int kGroups = 4 / kPerGroup;
-  // With one group a block, codes are loaded a block before they are decoded.
-  constexpr bool kEarly = kGroups == 1;
-  uint32_t fragments[2][kPerGroup][kStrips][4];
-  Packed packed;
-  const bool never = k_blocks < 0;
+template <int Size>
+__device__ __forceinline__ void clear(float (&acc)[kStrips][Size]) {
+#pragma unroll
+  for (int i = 0; i < kStrips * Size; ++i) acc[i / Size][i % Size] = 0;
+}
 
+// Hands wgmma `count` k16 steps of a tile `width` tokens wide, which is from kTokenStep * low to
+// kTokenStep * high. Widths are told apart here, in the loop over k: ptxas gives the fragments of
+// every loop that they are in flight in registers of their own, and would run out. Comparisons, not a
+// jump table: with one ptxas gives up overlapping wgmma.
+template <int low, int high, int Size, int count>
+__device__ __forceinline__ void multiply_group(float (&acc)[kStrips][Size],
+                                               const uint32_t (&fragments)[count][kStrips][4],
+                                               uint64_t tokens, int width) {
+  constexpr int middle = (low + high) / 2;
+  if constexpr (low < high) {
+    if (width <= kTokenStep * middle) {
+      multiply_group<low, middle>(acc, fragments, tokens, width);
+    } else {
+      multiply_group<middle + 1, high>(acc, fragments, tokens, width);
+    }
+  } else {
+    cute::warpgroup_arrive();
 #pragma unroll
-  for (int mb = 0; mb < kStrips; ++mb) {
+    for (int i = 0; i < count; ++i) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) acc[mb][i] = 0;
+      for (int mb = 0; mb < kStrips; ++mb) {
+        multiply_add<kTokenStep * low>(acc[mb], fragments[i][mb], tokens + i * (32 >> 4));
+      }
+    }
+    cute::warpgroup_commit_batch();
   }
+}
+
+// The sum of a tile over all of k; the warpgroup's weights are slab `half` of each stage.
+//
+// A narrow one: all four steps of a block are a group. The next block is decoded while wgmma works on
+// this one, from codes that were loaded a block earlier.
+__device__ __forceinline__ void accumulate(float (&acc)[kStrips][kNarrow / 2], Ring& ring,
+                                           int k_blocks, int half, int width) {
+  uint32_t fragments[2][4][kStrips][4];
+  Packed packed;  // of the block that is decoded next
+  const bool never = k_blocks < 0;
+  clear(acc);
   const auto load = [&] {
     ring.wait_full();
     packed.load(ring.weights() + half * kSlabBlockBytes);
-  };
-  load();
-  decode_group<0, kPerGroup>(packed, fragments[0]);
-  Place now = ring.place();  // of the block that is being multiplied
-  Place next = now;          // of the one that is decoded, where that is another
-  ring.advance();
-  if constexpr (kEarly) {
-    load();
-    next = ring.place();
+    const Place place = ring.place();
     ring.advance();
-  }
+    return place;
+  };
+  Place now = load();  // of the block that is multiplied
+  decode_group<0>(packed, fragments[0]);
+  Place next = load();
 
   // K is a multiple of 128: two blocks a turn, so that the fragments' turns are known here.
 #pragma unroll 1
   for (int pair = 0; pair < k_blocks; pair += 2) {
-    [&]<int... g>(std::integer_sequence<int, g...>) {
-      (([&] {
-         constexpr int turn = g % 2;
-         constexpr int in_block = g % kGroups;
-         constexpr int block = g / kGroups;
-         const uint64_t tokens =
-             token_descriptor(uniform(now.tokens)) + in_block * kPerGroup * (32 >> 4);
-         pin(acc[0]);
-         pin(acc[1]);
-         cute::warpgroup_arrive();
 #pragma unroll
-         for (int i = 0; i < kPerGroup; ++i) {
-           multiply_add<N>(acc[0], fragments[turn][i][0], tokens + i * (32 >> 4));
-           multiply_add<N>(acc[1], fragments[turn][i][1], tokens + i * (32 >> 4));
+    for (int turn = 0; turn < 2; ++turn) {
+      multiply_group<1, kNarrow / kTokenStep>(acc, fragments[turn],
+                                              token_descriptor(uniform(now.tokens)), width);
+      // After the last block once more, for nothing.
+      decode_group<0>(packed, fragments[turn ^ 1]);
+      compute_by_here(fragments[turn ^ 1], never);
+      const uint32_t done = now.empty;
+      now = next;
+      if (pair + turn + 2 < k_blocks) next = load();
+      cute::warpgroup_wait<0>();
+      release(done);
+    }
+  }
+  pin(acc[0]);
+  pin(acc[1]);
+}
+
+// A wide one: a step is a group. It is decoded while wgmma works on the step before, and handed over
+// before that one is waited for: the tensor cores always have a step of this warpgroup to go on with.
+__device__ __forceinline__ void accumulate(float (&acc)[kStrips][kMaxTokens / 2], Ring& ring,
+                                           int k_blocks, int half, int width) {
+  uint32_t fragments[2][1][kStrips][4];
+  Packed packed;  // of the block that is decoded next
+  clear(acc);
+  const auto load = [&] {
+    ring.wait_full();
+    packed.load(ring.weights() + half * kSlabBlockBytes);
+    const Place place = ring.place();
+    ring.advance();
+    return place;
+  };
+  Place now = load();  // of the block that is multiplied
+  Place next = now;
+  uint32_t done = 0;  // barrier of the block before
+  decode_group<0>(packed, fragments[0]);
+
+#pragma unroll 1
+  for (int block = 0; block < k_blocks; ++block) {
+    const uint64_t tokens = token_descriptor(uniform(now.tokens));
+    [&]<int... step>(std::integer_sequence<int, step...>) {
+      (([&] {
+         multiply_group<kNarrow / kTokenStep + 1, kMaxTokens / kTokenStep>(
+             acc, fragments[step % 2], tokens + step * (32 >> 4), width);
+         cute::warpgroup_wait<1>();
+         if constexpr (step == 0) {
+           if (block > 0) release(done);
          }
-         cute::warpgroup_commit_batch();
-         // While that goes on, the next group; after the last block once more, for nothing.
-         if constexpr (in_block + 1 < kGroups) {
-           decode_group<(in_block + 1) * kPerGroup, kPerGroup>(packed, fragments[turn ^ 1]);
-           compute_by_here(fragments[turn ^ 1], never);
-           cute::warpgroup_wait<0>();
-         } else {
-           const uint32_t done = now.empty;
-           if constexpr (kEarly) {
-             decode_group<0, kPerGroup>(packed, fragments[turn ^ 1]);
-             compute_by_here(fragments[turn ^ 1], never);
-             now = next;
-             if (pair + block + 2 < k_blocks) {
-               load();
-               next = ring.place();
-               ring.advance();
-             }
-           } else {
-             if (pair + block + 1 < k_blocks) {
-               load();
-               now = ring.place();
-               ring.advance();
-             }
-             decode_group<0, kPerGroup>(packed, fragments[turn ^ 1]);
-             compute_by_here(fragments[turn ^ 1], never);
-           }
-           cute::warpgroup_wait<0>();
-           release(done);
+         // After the last block once more, for nothing.
+         decode_group<(step + 1) % 4>(packed, fragments[(step + 1) % 2]);
+         if constexpr (step == 2) {
+           if (block + 1 < k_blocks) next = load();
          }
        }()),
        ...);
-    }(std::make_integer_sequence<int, 2 * kGroups>());
+    }(std::make_integer_sequence<int, 4>());
+    done = now.empty;
+    now = next;
   }
+  cute::warpgroup_wait<0>();
+  release(done);
   pin(acc[0]);
   pin(acc[1]);
 }
@@ -248,7 +283,7 @@ __device__ __forceinline__ void produce_weights(const Problem& p, Ring ring, Wal
     const int slab = 2 * tile.weight_tile + warp;
     const bool there = slab < all_slabs;
     const uint32_t bytes = min(2, all_slabs - 2 * tile.weight_tile) * kSlabBlockBytes +
-                           max(walk.width(), 16) * kTokenBytes;
+                           loaded_rows(walk.width()) * kTokenBytes;
     const uint8_t* from = p.weights + (static_cast<int64_t>(tile.expert) * all_slabs + slab) *
                                           k_blocks * kSlabBlockBytes;
 #pragma unroll 1
@@ -311,33 +346,22 @@ __device__ __forceinline__ void produce_tokens(const Problem& p, const TokenMaps
   }
 }
 
-// One tile of this warpgroup's half of the weights.
-template <int N, bool kGated>
-__device__ __forceinline__ void consume(const Problem& p, Ring& ring, const Walk& walk) {
-  float acc[kStrips][N / 2];
-  accumulate<N>(acc, ring, p.k / kBlockK, thread_read_anew() / kWarpgroup);
+// One tile of this warpgroup's half of the weights, at most kWidest tokens wide.
+template <int kWidest, bool kGated>
+__device__ __forceinline__ void consume(const Problem& p, Ring& ring, const Walk& walk, int width) {
+  float acc[kStrips][kWidest / 2];
+  accumulate(acc, ring, p.k / kBlockK, thread_read_anew() / kWarpgroup, width);
   const Tile tile = walk.tile();
   const int half = thread_read_anew() / kWarpgroup;
   const Staging staging = {shared_address(shared().staging[half]), shared().scales[half], 1 + half};
-  store_outputs<N, kGated>(acc, p.outputs, staging, tile.expert, 2 * tile.weight_tile + half,
-                           tile.first_row, tile.end_row);
-}
-
-// Comparisons one after another, as ptxas gives up overlapping wgmma where it sees a jump table.
-template <bool kGated, int N, int... kWider>
-__device__ __forceinline__ void consume_width(const Problem& p, Ring& ring, const Walk& walk,
-                                              int width) {
-  if (width <= N) {
-    consume<N, kGated>(p, ring, walk);
-  } else if constexpr (sizeof...(kWider) > 0) {
-    consume_width<kGated, kWider...>(p, ring, walk, width);
-  }
+  store_outputs<kWidest, kGated>(acc, p.outputs, staging, tile.expert, 2 * tile.weight_tile + half,
+                                 tile.first_row, min(tile.end_row, tile.first_row + width));
 }
 
 template <bool kGated>
 __device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk walk, int half) {
   for (; walk.valid(); walk.advance(gridDim.x)) {
-    const int width = walk.width();
+    const int width = uniform(walk.width());
     {
       const Tile tile = walk.tile();
       if (2 * tile.weight_tile + half >= p.n / kSlabRows) {
@@ -356,7 +380,11 @@ __device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk wa
         }
       }
     }
-    consume_width<kGated, 8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176>(p, ring, walk, width);
+    if (width <= kNarrow) {
+      consume<kNarrow, kGated>(p, ring, walk, width);
+    } else {
+      consume<kMaxTokens, kGated>(p, ring, walk, width);
+    }
   }
   wait_stores_done();
 }

@@ -21,15 +21,25 @@ struct Atom;
   };
 MEGAMOE_ATOM(8)
 MEGAMOE_ATOM(16)
+MEGAMOE_ATOM(24)
 MEGAMOE_ATOM(32)
+MEGAMOE_ATOM(40)
 MEGAMOE_ATOM(48)
+MEGAMOE_ATOM(56)
 MEGAMOE_ATOM(64)
+MEGAMOE_ATOM(72)
 MEGAMOE_ATOM(80)
+MEGAMOE_ATOM(88)
 MEGAMOE_ATOM(96)
+MEGAMOE_ATOM(104)
 MEGAMOE_ATOM(112)
+MEGAMOE_ATOM(120)
 MEGAMOE_ATOM(128)
+MEGAMOE_ATOM(136)
 MEGAMOE_ATOM(144)
+MEGAMOE_ATOM(152)
 MEGAMOE_ATOM(160)
+MEGAMOE_ATOM(168)
 MEGAMOE_ATOM(176)
 #undef MEGAMOE_ATOM
 
@@ -41,9 +51,11 @@ __device__ __forceinline__ uint64_t token_descriptor(uint32_t shared_address) {
   return kSwizzle128 | kPatternStride | kUnused | (shared_address & 0x3FFFF) >> 4;
 }
 
-template <int N>
-__device__ __forceinline__ void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[4],
+// The accumulators of wider tiles than this one stay what they are.
+template <int N, int Size>
+__device__ __forceinline__ void multiply_add(float (&acc)[Size], const uint32_t (&a)[4],
                                              uint64_t tokens) {
+  static_assert(N / 2 <= Size);
   [&]<size_t... i>(std::index_sequence<i...>) {
     Atom<N>::Type::fma(a[0], a[1], a[2], a[3], tokens, acc[i]...);
   }(std::make_index_sequence<N / 2>());

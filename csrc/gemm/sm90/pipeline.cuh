@@ -20,7 +20,7 @@ constexpr int kWeightStageBytes = 2 * kSlabBlockBytes;
 constexpr int kTokenBytes = 2 * kBlockK;
 
 MEGAMOE_HD int stage_bytes(int width) {
-  return kWeightStageBytes + (width < 16 ? 16 : width) * kTokenBytes;
+  return kWeightStageBytes + loaded_rows(width) * kTokenBytes;
 }
 
 // What L2 keeps: weights pass once, or once for each token tile at about the same time.

@@ -12,20 +12,23 @@
 
 namespace megamoe::sm90 {
 
+constexpr int kTokenStep = 8;       // wgmma's widths are multiples of it
 constexpr int kMaxTokens = 176;     // of a token tile: two times 88 accumulators a thread
 constexpr int kWeightRows = 256;    // of a weight tile: two warpgroups of 128 rows
 constexpr int kSlabRows = 128;      // of one warpgroup
 
 MEGAMOE_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
+MEGAMOE_HD int max_of(int a, int b) { return a > b ? a : b; }
 
 MEGAMOE_HD int token_tiles(int rows) { return ceil_div(rows, kMaxTokens); }
 
-// Width of an expert's token tiles: 8, or a multiple of 16.
+// Width of an expert's token tiles: a multiple of kTokenStep.
 MEGAMOE_HD int tile_width(int rows) {
-  const int tiles = token_tiles(rows);
-  const int least = tiles ? ceil_div(rows, tiles) : 0;
-  return least <= 8 ? 8 : ceil_div(least, 16) * 16;
+  return ceil_div(rows, max_of(token_tiles(rows), 1) * kTokenStep) * kTokenStep;
 }
+
+// Rows that are loaded for a tile of this width: boxes have a multiple of 16.
+MEGAMOE_HD int loaded_rows(int width) { return ceil_div(width, 16) * 16; }
 
 struct Tile {
   int expert;

@@ -20,9 +20,11 @@ using Traits = cute::MMA_Traits<typename sm90::Atom<N>::Type>;
 using ALayout = typename Traits<8>::ALayout;
 using CLayout = typename Traits<176>::CLayout;
 
-template <int... N>
-constexpr bool same_a_layout = (std::is_same_v<ALayout, typename Traits<N>::ALayout> && ...);
-static_assert(same_a_layout<8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176>);
+template <int... i>
+constexpr bool same_a_layout(std::integer_sequence<int, i...>) {
+  return (std::is_same_v<ALayout, typename Traits<8 * (i + 1)>::ALayout> && ...);
+}
+static_assert(same_a_layout(std::make_integer_sequence<int, 176 / 8>()));
 
 uint32_t word_at(const uint8_t* bytes) {
   uint32_t word;
