@@ -45,14 +45,14 @@ int num_sms(int device) {
   return count;
 }
 
-template <bool kGated>
+template <typename Cut, bool kGated>
 void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device, int64_t stream) {
   const CurrentDevice current(device);
   const TokenMaps maps = {map_tokens(tokens, all_rows, problem.k, 16),
                           map_tokens(tokens, all_rows, problem.k, 32),
                           map_tokens(tokens, all_rows, problem.k, 64)};
-  const auto kernel = grouped_gemm<kGated>;
-  const int bytes = shared_bytes(problem.experts);
+  const auto kernel = grouped_gemm<Cut, kGated>;
+  const int bytes = shared_bytes<Cut>(problem.experts);
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "grouped_gemm's shared memory");
@@ -61,12 +61,19 @@ void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_sms(device)));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kThreads<Cut>);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config, kernel, problem, maps), "grouped_gemm");
+}
+
+template <bool kGated>
+void launch(const Problem& problem, int64_t tokens, int64_t all_rows, bool few, int device,
+            int64_t stream) {
+  const auto of_cut = few ? launch<Few, kGated> : launch<Many, kGated>;
+  of_cut(problem, tokens, all_rows, device, stream);
 }
 
 template <typename T>
@@ -75,10 +82,11 @@ T* at(int64_t address) {
 }
 
 // rows bf16 [R, H], row_scales fp32 [R], offsets int32 [L + 1], weights packed with n = 2I and k = H,
-// alpha fp32 [L, 2], input_scale fp32 [L] or 0, clamp or infinity, out bf16 [R, I].
+// alpha fp32 [L, 2], input_scale fp32 [L] or 0, clamp or infinity, out bf16 [R, I]. `few` cuts for few
+// rows an expert, else for many: any number is right with both.
 void gemm_sm90_l1(int64_t rows, int64_t row_scales, int64_t offsets, int64_t weights, int64_t alpha,
                   int64_t input_scale, double clamp, int64_t out, int64_t all_rows,
-                  int64_t experts, int64_t n, int64_t k, int64_t device, int64_t stream) {
+                  int64_t experts, int64_t n, int64_t k, bool few, int64_t device, int64_t stream) {
   const Problem problem = {
       at<const uint8_t>(weights),
       at<const int32_t>(offsets),
@@ -89,14 +97,14 @@ void gemm_sm90_l1(int64_t rows, int64_t row_scales, int64_t offsets, int64_t wei
       static_cast<int>(n),
       static_cast<int>(k),
   };
-  launch<true>(problem, rows, all_rows, static_cast<int>(device), stream);
+  launch<true>(problem, rows, all_rows, few, static_cast<int>(device), stream);
 }
 
 // h bf16 [R, I], offsets int32 [L + 1], weights packed with n = H and k = I, alpha fp32 [L],
 // out bf16 [R, H].
 void gemm_sm90_l2(int64_t h, int64_t offsets, int64_t weights, int64_t alpha, int64_t out,
-                  int64_t all_rows, int64_t experts, int64_t n, int64_t k, int64_t device,
-                  int64_t stream) {
+                  int64_t all_rows, int64_t experts, int64_t n, int64_t k, bool few,
+                  int64_t device, int64_t stream) {
   const Problem problem = {
       at<const uint8_t>(weights),
       at<const int32_t>(offsets),
@@ -106,7 +114,7 @@ void gemm_sm90_l2(int64_t h, int64_t offsets, int64_t weights, int64_t alpha, in
       static_cast<int>(n),
       static_cast<int>(k),
   };
-  launch<false>(problem, h, all_rows, static_cast<int>(device), stream);
+  launch<false>(problem, h, all_rows, few, static_cast<int>(device), stream);
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import WeightLayout, library
 from megamoe_ep.weights import KernelWeights
 
-MAX_EXPERTS = 2048  # their offsets lie in shared memory
+MAX_EXPERTS = 1024  # their offsets lie in shared memory
+FEW_ROWS = 40  # of an expert
 _ALIGNMENT = 16  # bytes; TMA takes addresses and copies of no less
 
 
@@ -62,6 +63,7 @@ def l1(
         experts,
         weights.n,
         weights.k,
+        r <= FEW_ROWS * experts,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -104,6 +106,7 @@ def l2(
         experts,
         weights.n,
         weights.k,
+        r <= FEW_ROWS * experts,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )

@@ -16,15 +16,18 @@ constexpr float kUnscale = 128.0f;  // what the products lack
 
 constexpr uint32_t kCodes = 0x81C081C0;  // where a code belongs in each half of a register
 
+MEGAMOE_HD uint32_t rotate_left(uint32_t word, int by) { return word << by | word >> (32 - by); }
+
 // Register i of the fragment, before its scale. Three times four bits of a half-word can have a code's
-// own distances; a3 is what they leave, brought together by one product that shifts by 2, 8 and 13
-// without a carry, around the word's end.
+// own distances; a3 is what they leave, brought together by one product that shifts by 2, 7 and 12
+// without a carry.
 template <int i>
 MEGAMOE_HD uint32_t codes_of(uint32_t word) {
   static_assert(i >= 0 && i < 4);
-  if constexpr (i < 3) return word << 3 * i & kCodes;
-  const uint64_t shifted = uint64_t{word & 0x6C006C00} * (1 << 2 | 1 << 8 | 1 << 13);
-  return static_cast<uint32_t>(shifted | shifted >> 32) & kCodes;
+  if constexpr (i == 0) return word & kCodes;
+  if constexpr (i == 1) return rotate_left(word, 3) & kCodes;
+  if constexpr (i == 2) return rotate_left(word, 29) & kCodes;
+  return (rotate_left(word, 3) & 0x001B001B) * (1 << 2 | 1 << 7 | 1 << 12) & kCodes;
 }
 
 // Scales of rows r (low half) and r + 8 (high half) at an even and an odd k16 step: one word has both.

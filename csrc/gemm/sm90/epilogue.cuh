@@ -1,14 +1,13 @@
 // From a warpgroup's accumulators, 128 weight rows x N tokens, to rows of bf16 in device memory.
 //
 // A thread holds, for m64 block mb, rows r and r + 8 (r = 16 * warp + lane / 4) at tokens
-// 8j + 2 * (lane % 4) and the next. Sixteen tokens at a time are transposed through shared memory and
-// leave as one bulk copy a token: 256 bytes for L2; for L1, whose rows r and r + 8 are gate and up of
-// one output, 128.
+// 8j + 2 * (lane % 4) and the next. A warp transposes its rows of sixteen tokens at a time through shared
+// memory of its own, so that no warp waits for another, and stores whole sectors: of a token, twice 32
+// bytes for L2; for L1, whose rows r and r + 8 are gate and up of one output, once.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
-#include <cutlass/arch/barrier.h>
 
 #include <cstdint>
 
@@ -17,9 +16,8 @@
 
 namespace megamoe::sm90 {
 
-constexpr int kChunk = 16;                            // tokens transposed at a time
-constexpr int kStagedRow = 2 * kSlabRows + 16;        // bytes; the 16 keep banks apart
-constexpr int kStagingBytes = 2 * kChunk * kStagedRow;  // of a warpgroup: two chunks in turn
+constexpr int kChunk = 16;       // tokens transposed at a time
+constexpr int kStagedRow = 80;   // bytes of one: 64 or 32 are used, the others keep banks apart
 constexpr int kWarpgroup = 128;
 
 struct Outputs {
@@ -30,14 +28,27 @@ struct Outputs {
   float clamp;               // L1; infinity for none
 };
 
+// Shared memory of one warp.
+template <typename Cut>
 struct Staging {
-  uint32_t memory;      // shared address, kStagingBytes of this warpgroup
-  const float* scales;  // shared: global scale of each of the tile's rows (L1)
-  int barrier;          // named barrier of this warpgroup
+  alignas(16) uint8_t rows[kChunk][kStagedRow];
+  float row_scales[Cut::kMaxTokens];  // L1: of the tile's rows
+  float alpha[2];                     // L1: of gate and of up
+  float input_scale;                  // L1
 };
 
-__device__ __forceinline__ void meet(const Staging& s) {
-  cutlass::arch::NamedBarrier::sync(kWarpgroup, s.barrier);
+// Starts to fetch what store_outputs() needs beside the accumulators, which takes them a while.
+template <typename Cut, bool kGated>
+__device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o,
+                                             const float* row_scales, int expert, int rows) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kGated) {
+    for (int t = lane; t < rows; t += 32) copy_float(&s.row_scales[t], row_scales + t);
+    if (lane < 2) copy_float(&s.alpha[lane], o.alpha + 2 * expert + lane);
+    if (lane == 2 && o.input_scale != nullptr) copy_float(&s.input_scale, o.input_scale + expert);
+  } else {
+    if (lane == 0) copy_float(&s.alpha[0], o.alpha + expert);
+  }
 }
 
 // This thread's number in the block, read anew: what is worked out from it is not kept in registers
@@ -109,50 +120,40 @@ struct BlockScale {
   }
 };
 
-// Stores this warpgroup's outputs of slab `slab` for tokens first_row to end_row, at most kWidest.
-template <int kWidest, bool kGated>
-__device__ __forceinline__ void store_outputs(float (&acc)[2][kWidest / 2], const Outputs& o,
-                                              const Staging& s, int expert, int slab,
-                                              int first_row, int end_row) {
-  constexpr int kStrips = 2;
-  constexpr int kMatrices = kChunk / 8;  // along the tokens
-  constexpr int kRowBytes = kGated ? kSlabRows : 2 * kSlabRows;
-  const int thread = thread_read_anew() % kWarpgroup;
-  const int warp = thread / 32;
+// Stores this warp's outputs of slab `slab` for tokens first_row to end_row.
+template <typename Cut, bool kGated>
+__device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 2], const Outputs& o,
+                                              Staging<Cut>& s, int slab, int first_row,
+                                              int end_row) {
+  constexpr int kSlabOutputs = kGated ? kSlabRows / 2 : kSlabRows;
+  const int thread = thread_read_anew();
+  const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
-  const bool stores = thread < kChunk;  // one thread a token
+  const int matrix = lane / 8;  // of four that are transposed together, the one that a lane points to
+  const uint32_t staged = shared_address(s.rows);
+  __nv_bfloat16* out = o.out + slab * kSlabOutputs + 16 * warp;
 
-  float alpha[2], global_scale = 0;
-  alpha[0] = (kGated ? o.alpha[2 * expert] : o.alpha[expert]) * kUnscale;
-  alpha[1] = kGated ? o.alpha[2 * expert + 1] * kUnscale : alpha[0];
+  wait_floats();
+  __syncwarp();
+  const float alpha[2] = {s.alpha[0] * kUnscale, kGated ? s.alpha[1] * kUnscale : 0.0f};
   const bool quantised = kGated && o.input_scale != nullptr;
-  if (quantised) global_scale = o.input_scale[expert];
+  const float global_scale = quantised ? s.input_scale : 0.0f;
 
 #pragma unroll
-  for (int chunk = 0; chunk < kWidest / kChunk; ++chunk) {
-    if (first_row + chunk * kChunk >= end_row) break;
-    const uint32_t staged = s.memory + (chunk % 2) * kChunk * kStagedRow;
-    // Earlier copies have to be through with this half; a tile may begin where the last one ended.
-    if (stores) {
-      if (chunk == 0) {
-        wait_stores_read<0>();
-      } else {
-        wait_stores_read<1>();
-      }
-    }
-    meet(s);
-
-    uint32_t pairs[kStrips][kMatrices][kGated ? 1 : 2];  // [strip][8 tokens][rows r, r + 8]
+  for (int chunk = 0; chunk < Cut::kMaxTokens / kChunk; ++chunk) {
+    const int row = first_row + chunk * kChunk;
+    if (row >= end_row) break;
     if constexpr (kGated) {
+      uint32_t pairs[2][2];  // [8 tokens][strip], two tokens each
 #pragma unroll
-      for (int j = 0; j < kMatrices; ++j) {
+      for (int j = 0; j < 2; ++j) {
         const int column = chunk * kChunk + 8 * j;
-        float h[2][kStrips];  // [token][strip]
+        float h[2][2];  // [token][strip]
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const float row_scale = s.scales[column + 2 * (lane % 4) + t];
+          const float row_scale = s.row_scales[column + 2 * (lane % 4) + t];
 #pragma unroll
-          for (int strip = 0; strip < kStrips; ++strip) {
+          for (int strip = 0; strip < 2; ++strip) {
             const float gate = acc[strip][column / 2 + t] * row_scale * alpha[0];
             const float up = acc[strip][column / 2 + 2 + t] * row_scale * alpha[1];
             h[t][strip] = swiglu(gate, up, o.clamp);
@@ -166,55 +167,37 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][kWidest / 2], cons
             h[t][1] = requantised(h[t][1]);
           }
         }
-#pragma unroll
-        for (int strip = 0; strip < kStrips; ++strip) {
-          pairs[strip][j][0] = pair_of(h[0][strip], h[1][strip]);
-        }
+        pairs[j][0] = pair_of(h[0][0], h[1][0]);
+        pairs[j][1] = pair_of(h[0][1], h[1][1]);
       }
+      store_transposed(staged + (8 * (matrix / 2) + lane % 8) * kStagedRow + 16 * (matrix % 2),
+                       {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
     } else {
 #pragma unroll
-      for (int j = 0; j < kMatrices; ++j) {
+      for (int j = 0; j < 2; ++j) {
+        uint32_t pairs[4];  // rows r and r + 8 of one strip, then of the other
 #pragma unroll
-        for (int strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float* two = &acc[strip][(chunk * kChunk + 8 * j) / 2 + 2 * half];
-            pairs[strip][j][half] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const float* two = &acc[i / 2][(chunk * kChunk + 8 * j) / 2 + 2 * (i % 2)];
+          pairs[i] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
         }
+        store_transposed(staged + (8 * j + lane % 8) * kStagedRow + 16 * matrix, pairs);
       }
     }
-
-    // Where a lane's matrix row goes: token lane % 8 of eight, and 16 bytes of outputs.
-    const int matrix = lane / 8;
-    if constexpr (kGated) {
-      // 16 outputs a warp: eight of strip 0, eight of strip 1.
-      const int strip = matrix % 2;
-      const int j = matrix / 2;
-      const uint32_t to = staged + (8 * j + lane % 8) * kStagedRow + 32 * warp + 16 * strip;
-      store_transposed(to,
-                       {pairs[0][0][0], pairs[1][0][0], pairs[0][1][0], pairs[1][1][0]});
-    } else {
+    __syncwarp();
+    // Pieces of 16 bytes, eight outputs: of a token the strips' halves one after the other.
+    constexpr int kPieces = kGated ? 2 : 4;
 #pragma unroll
-      for (int j = 0; j < kMatrices; ++j) {
-        const int strip = matrix / 2;
-        const int half = matrix % 2;
-        const uint32_t to =
-            staged + (8 * j + lane % 8) * kStagedRow + 128 * strip + 32 * warp + 16 * half;
-        store_transposed(to, {pairs[0][j][0], pairs[0][j][1], pairs[1][j][0], pairs[1][j][1]});
+    for (int i = 0; i < kChunk * kPieces / 32; ++i) {
+      const int token = (32 * i + lane) / kPieces;
+      const int piece = lane % kPieces;
+      const uint4 eight = load_shared_16(staged + token * kStagedRow + 16 * piece);
+      if (row + token < end_row) {
+        const int at = kGated ? 8 * piece : 64 * (piece / 2) + 8 * (piece % 2);
+        *reinterpret_cast<uint4*>(out + (row + token) * o.row_elements + at) = eight;
       }
     }
-    cutlass::arch::fence_view_async_shared();
-    meet(s);
-    if (stores) {
-      const int token = chunk * kChunk + thread;
-      if (first_row + token < end_row) {
-        char* to = reinterpret_cast<char*>(o.out + (first_row + token) * o.row_elements) +
-                   static_cast<int64_t>(slab) * kRowBytes;
-        store_bulk(to, staged + thread * kStagedRow, kRowBytes);
-      }
-      commit_stores();
-    }
+    __syncwarp();
   }
 }
 

@@ -4,15 +4,21 @@
 // experts' first rows, which only the device knows. Writes: rows of bf16, of tokens alone.
 // Floor: max(weight bytes of experts with rows / memory bandwidth, 2 R N K / bf16 rate).
 //
-// One block an SM. Producer warps copy k64 blocks into a ring of stages. Two consumer warpgroups, of
-// 128 weight rows each, decode weights from shared memory into registers and multiply them with the
-// tokens in shared memory; they decode one group of k16 steps while wgmma works on the one before.
+// One block an SM. Producer warps copy pairs of k64 blocks into a ring of stages. Each consumer
+// warpgroup has a slab of 128 weight rows: it decodes weights from shared memory into registers and
+// multiplies them with the tokens in shared memory.
+//
+// wgmma and other instructions want the same ports of the register file: while one warp's is at work,
+// the others' run at half their rate or slow it down. So instructions count, however they overlap.
+//
 // An output is summed over k in one order, whatever the tile's width and whoever its neighbours are.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_bf16.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "dependent_launch.cuh"
@@ -24,11 +30,31 @@
 
 namespace megamoe::sm90 {
 
-constexpr int kStrips = 2;  // m64 blocks of a warpgroup
-constexpr int kConsumers = kWeightRows / 64 / kStrips;  // warpgroups
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kStrips = 2;  // m64 blocks of a slab
+
+// What a block is made of, for each way to cut a GEMM.
+template <typename Cut>
+struct Block;
+
+template <>
+struct Block<Few> {
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = 112;
+  static constexpr int kGroup = 4;
+  static constexpr int kRingBytes = 3 * stage_bytes<Few>(Few::kMaxTokens);
+};
+
+template <>
+struct Block<Many> {
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kGroup = 2;
+  static constexpr int kRingBytes = 3 * stage_bytes<Many>(Many::kMaxTokens);
+};
+
+// A consumer warpgroup for each slab, and the producers.
+template <typename Cut>
+constexpr int kThreads = (Cut::kSlabs + 1) * kWarpgroup;
 
 // Maps of the same tokens, for boxes of 16, 32 and 64 rows, each 64 of k wide.
 struct TokenMaps {
@@ -47,47 +73,45 @@ struct Problem {
   int k;
 };
 
+template <typename Cut>
 struct Shared {
-  uint8_t ring[kRingBytes];
-  uint8_t staging[2][kStagingBytes];  // of each consumer warpgroup
-  float scales[2][kMaxTokens];        // of its tile's rows
+  uint8_t ring[Block<Cut>::kRingBytes];
+  Staging<Cut> staging[4 * Cut::kSlabs];  // of each consumer warp
   Barriers barriers;
-  int widest;                         // tile
-  int plan[1];                        // offsets[L + 1], first_tiles[L + 1]
+  int widest;                             // tile
+  int plan[1];                            // offsets[L + 1], first_tiles[L + 1]
 };
 
+template <typename Cut>
 MEGAMOE_HD int shared_bytes(int experts) {
-  return static_cast<int>(sizeof(Shared)) + 8 * (experts + 1);
+  return static_cast<int>(sizeof(Shared<Cut>)) + 8 * (experts + 1);
 }
 
 // TMA's 128-byte swizzle repeats every 1024 bytes.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-__device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(shared_memory); }
+template <typename Cut>
+__device__ __forceinline__ Shared<Cut>& shared() {
+  return *reinterpret_cast<Shared<Cut>*>(shared_memory);
+}
 
-// Tiles up to here are narrow: memory or decoding is their bound, not the tensor cores.
-constexpr int kNarrow = 64;
-
-// Codes and scales of one thread for a k64 block of 128 rows.
+// Codes and scales of one thread for a k64 block of a slab.
 struct Packed {
   uint4 codes[kStrips];
   uint4 scales;
 
-  __device__ __forceinline__ void load(uint32_t slab_block) {
-    const uint32_t thread = threadIdx.x % kWarpgroup;
-    codes[0] = load_shared_16(slab_block + 16 * thread);
-    codes[1] = load_shared_16(slab_block + 2048 + 16 * thread);
-    scales = load_shared_16(slab_block + kScalesAt + 16 * (thread / 4));
+  __device__ __forceinline__ void load(uint32_t codes_at, uint32_t scales_at) {
+    codes[0] = load_shared_16(codes_at);
+    codes[1] = load_shared_16(codes_at + 2048);
+    scales = load_shared_16(scales_at);
   }
 
-  template <int step>
-  __device__ __forceinline__ uint32_t word(int strip) const {
+  __device__ __forceinline__ uint32_t word(int strip, int step) const {
     const uint4& c = codes[strip];
     return step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
   }
 
-  template <int step>
-  __device__ __forceinline__ uint32_t scale_word(int strip) const {
+  __device__ __forceinline__ uint32_t scale_word(int strip, int step) const {
     return step < 2 ? (strip ? scales.z : scales.x) : (strip ? scales.w : scales.y);
   }
 };
@@ -100,10 +124,11 @@ __device__ __forceinline__ uint32_t product(uint32_t codes, __nv_bfloat162 scale
   return codes;
 }
 
-template <int step>
-__device__ __forceinline__ void decode(const Packed& packed, int strip, uint32_t (&a)[4]) {
-  const uint32_t word = packed.word<step>(strip);
-  const uint32_t scales = scales_of<step % 2>(packed.scale_word<step>(strip));
+__device__ __forceinline__ void decode(const Packed& packed, int strip, int step,
+                                       uint32_t (&a)[4]) {
+  const uint32_t word = packed.word(strip, step);
+  const uint32_t pair = packed.scale_word(strip, step);
+  const uint32_t scales = step % 2 ? scales_of<1>(pair) : scales_of<0>(pair);
   __nv_bfloat162 both;
   memcpy(&both, &scales, 4);
   const __nv_bfloat162 r0 = __low2bfloat162(both);
@@ -114,282 +139,201 @@ __device__ __forceinline__ void decode(const Packed& packed, int strip, uint32_t
   a[3] = product(codes_of<3>(word), r8);
 }
 
-// `count` k16 steps of a block from step `first` on.
-template <int first, int count>
-__device__ __forceinline__ void decode_group(const Packed& packed,
-                                             uint32_t (&fragments)[count][kStrips][4]) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((decode<first + i>(packed, 0, fragments[i][0]), decode<first + i>(packed, 1, fragments[i][1])),
-     ...);
-  }(std::make_integer_sequence<int, count>());
-}
-
 // Lets the producer have a stage back, once every consumer warp has said so.
 __device__ __forceinline__ void release(uint32_t empty) {
   if (threadIdx.x % 32 == 0) arrive(empty);
-}
-
-// Has the fragments computed by here. ptxas would move most of a decode below the wait that follows
-// it, away from the wgmma that it is to overlap with; a branch that needs them, and that is never
-// taken, stops it.
-template <int count>
-__device__ __forceinline__ void compute_by_here(const uint32_t (&fragments)[count][kStrips][4],
-                                                bool never) {
-  if (never) {
-#pragma unroll
-    for (int i = 0; i < count * kStrips * 4; ++i) {
-      asm volatile("st.shared.u32 [%0], %1;" ::"r"(0),
-                   "r"(fragments[i / 4 / kStrips][i / 4 % kStrips][i % 4]));
-    }
-  }
 }
 
 // The same number in every thread of a warp, known to be so to the compiler, which then keeps it and
 // what follows from it where wgmma wants its descriptors.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
 
-template <int Size>
-__device__ __forceinline__ void clear(float (&acc)[kStrips][Size]) {
-#pragma unroll
-  for (int i = 0; i < kStrips * Size; ++i) acc[i / Size][i % Size] = 0;
-}
 
-// Hands wgmma `count` k16 steps of a tile `width` tokens wide, which is from kTokenStep * low to
-// kTokenStep * high. Widths are told apart here, in the loop over k: ptxas gives the fragments of
-// every loop that they are in flight in registers of their own, and would run out. Comparisons, not a
-// jump table: with one ptxas gives up overlapping wgmma.
-template <int low, int high, int Size, int count>
-__device__ __forceinline__ void multiply_group(float (&acc)[kStrips][Size],
-                                               const uint32_t (&fragments)[count][kStrips][4],
-                                               uint64_t tokens, int width) {
-  constexpr int middle = (low + high) / 2;
-  if constexpr (low < high) {
-    if (width <= kTokenStep * middle) {
-      multiply_group<low, middle>(acc, fragments, tokens, width);
-    } else {
-      multiply_group<middle + 1, high>(acc, fragments, tokens, width);
-    }
-  } else {
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-#pragma unroll
-      for (int mb = 0; mb < kStrips; ++mb) {
-        multiply_add<kTokenStep * low>(acc[mb], fragments[i][mb], tokens + i * (32 >> 4));
-      }
-    }
-    cute::warpgroup_commit_batch();
-  }
-}
+template <typename Cut>
+using Accumulators = float[kStrips][Cut::kMaxTokens / 2];
 
-// The sum of a tile over all of k; the warpgroup's weights are slab `half` of each stage.
-//
-// A narrow one: all four steps of a block are a group. The next block is decoded while wgmma works on
-// this one, from codes that were loaded a block earlier.
-__device__ __forceinline__ void accumulate(float (&acc)[kStrips][kNarrow / 2], Ring& ring,
-                                           int k_blocks, int half, int width) {
-  uint32_t fragments[2][4][kStrips][4];
+// The sum of a tile N tokens wide over all of k, for this warpgroup's slab. A warp decodes kGroup k16
+// steps, hands them to wgmma and waits for it; meanwhile the scheduler's other warps do the same.
+template <typename Cut, int N>
+__device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, int tokens_at,
+                                           int stages) {
+  constexpr int kGroup = Block<Cut>::kGroup;
+  const uint32_t thread = thread_read_anew();
+  const uint32_t slab_at = thread / kWarpgroup * kSlabStageBytes;
+  const uint32_t codes_at = slab_at + thread % kWarpgroup * 16;
+  const uint32_t scales_at = slab_at + kScalesAt + thread % kWarpgroup / 4 * 16;
   Packed packed;  // of the block that is decoded next
-  const bool never = k_blocks < 0;
-  clear(acc);
-  const auto load = [&] {
-    ring.wait_full();
-    packed.load(ring.weights() + half * kSlabBlockBytes);
-    const Place place = ring.place();
-    ring.advance();
-    return place;
+  const auto load = [&](int block) {
+    const uint32_t weights = ring.stage() + block * kSlabBlockBytes;
+    packed.load(weights + codes_at, weights + scales_at);
   };
-  Place now = load();  // of the block that is multiplied
-  decode_group<0>(packed, fragments[0]);
-  Place next = load();
-
-  // K is a multiple of 128: two blocks a turn, so that the fragments' turns are known here.
-#pragma unroll 1
-  for (int pair = 0; pair < k_blocks; pair += 2) {
 #pragma unroll
-    for (int turn = 0; turn < 2; ++turn) {
-      multiply_group<1, kNarrow / kTokenStep>(acc, fragments[turn],
-                                              token_descriptor(uniform(now.tokens)), width);
-      // After the last block once more, for nothing.
-      decode_group<0>(packed, fragments[turn ^ 1]);
-      compute_by_here(fragments[turn ^ 1], never);
-      const uint32_t done = now.empty;
-      now = next;
-      if (pair + turn + 2 < k_blocks) next = load();
-      cute::warpgroup_wait<0>();
-      release(done);
-    }
-  }
-  pin(acc[0]);
-  pin(acc[1]);
-}
+  for (int i = 0; i < N; ++i) acc[i % 2][i / 2] = 0;
 
-// A wide one: a step is a group. It is decoded while wgmma works on the step before, and handed over
-// before that one is waited for: the tensor cores always have a step of this warpgroup to go on with.
-__device__ __forceinline__ void accumulate(float (&acc)[kStrips][kMaxTokens / 2], Ring& ring,
-                                           int k_blocks, int half, int width) {
-  uint32_t fragments[2][1][kStrips][4];
-  Packed packed;  // of the block that is decoded next
-  clear(acc);
-  const auto load = [&] {
-    ring.wait_full();
-    packed.load(ring.weights() + half * kSlabBlockBytes);
-    const Place place = ring.place();
-    ring.advance();
-    return place;
-  };
-  Place now = load();  // of the block that is multiplied
-  Place next = now;
-  uint32_t done = 0;  // barrier of the block before
-  decode_group<0>(packed, fragments[0]);
-
+  ring.wait_full();
+  load(0);
 #pragma unroll 1
-  for (int block = 0; block < k_blocks; ++block) {
-    const uint64_t tokens = token_descriptor(uniform(now.tokens));
-    [&]<int... step>(std::integer_sequence<int, step...>) {
-      (([&] {
-         multiply_group<kNarrow / kTokenStep + 1, kMaxTokens / kTokenStep>(
-             acc, fragments[step % 2], tokens + step * (32 >> 4), width);
-         cute::warpgroup_wait<1>();
-         if constexpr (step == 0) {
-           if (block > 0) release(done);
-         }
-         // After the last block once more, for nothing.
-         decode_group<(step + 1) % 4>(packed, fragments[(step + 1) % 2]);
-         if constexpr (step == 2) {
-           if (block + 1 < k_blocks) next = load();
-         }
-       }()),
-       ...);
-    }(std::make_integer_sequence<int, 4>());
-    done = now.empty;
-    now = next;
-  }
-  cute::warpgroup_wait<0>();
-  release(done);
-  pin(acc[0]);
-  pin(acc[1]);
-}
-
-// The producer warps. What one thread can issue beside 8 or 16 busy warps is not enough to feed them,
-// so each has its share of every stage: two warps a slab of weights each, two warps the tokens.
-constexpr int kWeightWarps = 2;
-
-__device__ __forceinline__ void produce_weights(const Problem& p, Ring ring, Walk walk, int warp) {
-  const int k_blocks = p.k / kBlockK;
-  const int all_slabs = p.n / kSlabRows;
-  for (; walk.valid(); walk.advance(gridDim.x)) {
-    const Tile tile = walk.tile();
-    const int slab = 2 * tile.weight_tile + warp;
-    const bool there = slab < all_slabs;
-    const uint32_t bytes = min(2, all_slabs - 2 * tile.weight_tile) * kSlabBlockBytes +
-                           loaded_rows(walk.width()) * kTokenBytes;
-    const uint8_t* from = p.weights + (static_cast<int64_t>(tile.expert) * all_slabs + slab) *
-                                          k_blocks * kSlabBlockBytes;
-#pragma unroll 1
-    for (int block = 0; block < k_blocks; ++block) {
-      ring.wait_empty();
-      if (warp == 0) arrive_and_expect(ring.full(), bytes);
-      if (there) {
-        copy_bulk(ring.weights() + warp * kSlabBlockBytes, from, kSlabBlockBytes, ring.full(),
-                  kEvictFirst);
+  for (int stage = 0; stage < stages; ++stage) {
+    const uint32_t empty = ring.empty();
+    const uint32_t tokens = token_descriptor(uniform(ring.stage() + tokens_at));
+#pragma unroll
+    for (int group = 0; group < kStageBlocks * 4 / kGroup; ++group) {
+      const int block = group * kGroup / 4;
+      const int first = group * kGroup % 4;
+      uint32_t fragments[kGroup][kStrips][4];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        decode(packed, 0, first + i, fragments[i][0]);
+        decode(packed, 1, first + i, fragments[i][1]);
       }
-      from += kSlabBlockBytes;
-      ring.advance();
-    }
-  }
-}
-
-// A tile's tokens come in boxes of 64 rows, then 32, then 16; the warps take them in turn, at most
-// two each.
-template <bool kGated>
-__device__ __forceinline__ void produce_tokens(const Problem& p, const TokenMaps& maps, Ring ring,
-                                               Walk walk, int warp) {
-  // L1 may still be at work on them; weights do not wait for it.
-  if constexpr (!kGated) wait_for_previous_kernel();
-  const int k_blocks = p.k / kBlockK;
-  for (; walk.valid(); walk.advance(gridDim.x)) {
-    const Tile tile = walk.tile();
-    const int width = walk.width();
-    int boxes = 0;
-    int rows[2] = {0, 0};
-    const CUtensorMap* map[2] = {nullptr, nullptr};
-    for (int row = 0, turn = 0; row < width; turn ^= 1) {
-      const int size = width - row >= 64 ? 64 : width - row >= 32 ? 32 : 16;
-      if (turn == warp) {
-        const CUtensorMap* of_size = size == 64 ? &maps.rows64 : size == 32 ? &maps.rows32
-                                                                            : &maps.rows16;
-        if (boxes == 0) {
-          rows[0] = row;
-          map[0] = of_size;
-        } else {
-          rows[1] = row;
-          map[1] = of_size;
-        }
-        ++boxes;
-      }
-      row += size;
-    }
-#pragma unroll 1
-    for (int block = 0; block < k_blocks; ++block) {
-      ring.wait_empty();
-      if (boxes > 0) {
-        copy_box(ring.tokens() + rows[0] * kTokenBytes, map[0], block * kBlockK,
-                 tile.first_row + rows[0], ring.full(), kEvictLast);
-      }
-      if (boxes > 1) {
-        copy_box(ring.tokens() + rows[1] * kTokenBytes, map[1], block * kBlockK,
-                 tile.first_row + rows[1], ring.full(), kEvictLast);
-      }
-      ring.advance();
-    }
-  }
-}
-
-// One tile of this warpgroup's half of the weights, at most kWidest tokens wide.
-template <int kWidest, bool kGated>
-__device__ __forceinline__ void consume(const Problem& p, Ring& ring, const Walk& walk, int width) {
-  float acc[kStrips][kWidest / 2];
-  accumulate(acc, ring, p.k / kBlockK, thread_read_anew() / kWarpgroup, width);
-  const Tile tile = walk.tile();
-  const int half = thread_read_anew() / kWarpgroup;
-  const Staging staging = {shared_address(shared().staging[half]), shared().scales[half], 1 + half};
-  store_outputs<kWidest, kGated>(acc, p.outputs, staging, tile.expert, 2 * tile.weight_tile + half,
-                                 tile.first_row, min(tile.end_row, tile.first_row + width));
-}
-
-template <bool kGated>
-__device__ __forceinline__ void consume_all(const Problem& p, Ring ring, Walk walk, int half) {
-  for (; walk.valid(); walk.advance(gridDim.x)) {
-    const int width = uniform(walk.width());
-    {
-      const Tile tile = walk.tile();
-      if (2 * tile.weight_tile + half >= p.n / kSlabRows) {
-        for (int b = 0; b < p.k / kBlockK; ++b) {
-          ring.wait_full();
-          release(ring.empty());
+      if (first + kGroup == 4) {
+        if (block == 0) {
+          load(1);
           ring.advance();
-        }
-        continue;
-      }
-      if constexpr (kGated) {
-        // Everyone is through with the last tile's scales at the last barrier of its epilogue.
-        for (int t = threadIdx.x % kWarpgroup; t < width; t += kWarpgroup) {
-          const int row = tile.first_row + t;
-          shared().scales[half][t] = row < tile.end_row ? p.row_scales[row] : 0.0f;
+        } else if (stage + 1 < stages) {
+          ring.wait_full();
+          load(0);
         }
       }
+      pin(acc[0]);
+      pin(acc[1]);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const uint32_t at = tokens + (block * token_block_bytes(N) + (first + i) * 32) / 16;
+        multiply_add<N>(acc[0], fragments[i][0], at);
+        multiply_add<N>(acc[1], fragments[i][1], at);
+      }
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
     }
-    if (width <= kNarrow) {
-      consume<kNarrow, kGated>(p, ring, walk, width);
-    } else {
-      consume<kMaxTokens, kGated>(p, ring, walk, width);
+    release(empty);
+  }
+  pin(acc[0]);
+  pin(acc[1]);
+}
+
+// Comparisons, as ptxas gives up overlapping wgmma where it sees a jump table.
+template <typename Cut, int low = 1, int high = Cut::kMaxTokens / kTokenStep>
+__device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, int tokens_at,
+                                           int stages, int width) {
+  constexpr int middle = (low + high) / 2;
+  if constexpr (low == high) {
+    accumulate<Cut, kTokenStep * low>(acc, ring, tokens_at, stages);
+  } else if (width <= kTokenStep * middle) {
+    accumulate<Cut, low, middle>(acc, ring, tokens_at, stages, width);
+  } else {
+    accumulate<Cut, middle + 1, high>(acc, ring, tokens_at, stages, width);
+  }
+}
+
+// Where a stage has the tokens of a part.
+template <typename Cut>
+__device__ __forceinline__ int tokens_at(bool second) {
+  const int of_first = Cut::kSlabs * kSlabStageBytes;
+  return second ? of_first + kStageBlocks * token_block_bytes(shared<Cut>().widest) : of_first;
+}
+
+// Rows of a k64 block, in boxes of 64 rows, then 32, then 16.
+__device__ __forceinline__ void copy_tokens(const TokenMaps& maps, uint32_t to, int column,
+                                            const Part& part, uint32_t full) {
+  const int rows = loaded_rows(part.width);
+  int row = 0;
+#pragma unroll 1
+  for (; row + 64 <= rows; row += 64) {
+    copy_box(to + row * kTokenBytes, &maps.rows64, column, part.first_row + row, full, kEvictLast);
+  }
+  if (rows & 32) {
+    copy_box(to + row * kTokenBytes, &maps.rows32, column, part.first_row + row, full, kEvictLast);
+    row += 32;
+  }
+  if (rows & 16) {
+    copy_box(to + row * kTokenBytes, &maps.rows16, column, part.first_row + row, full, kEvictLast);
+  }
+}
+
+// A producer warp, of which one thread works: as every instruction counts, they share each stage. Warp
+// w brings the weights of slab w, if there is one; the last two also a block of the tokens each.
+template <typename Cut, bool kGated>
+__device__ __forceinline__ void produce(const Problem& p, const TokenMaps& maps, Ring ring,
+                                        Walk<Cut> walk, int warp) {
+  const int block = warp - (4 - kStageBlocks);  // of tokens, unless below 0
+  // L1 may still be at work on them.
+  if (!kGated && block >= 0) wait_for_previous_kernel();
+  const int all_slabs = p.n / kSlabRows;
+  const int of_slab = p.k / kStageK * kSlabStageBytes;
+  for (; walk.valid(); walk.advance()) {
+    const Part first = walk.first();
+    const Part second = walk.second(first);
+    const uint32_t bytes = (first.slabs + second.slabs) * kSlabStageBytes +
+                           kStageBlocks * (token_block_bytes(first.width) +
+                                           (second.slabs ? token_block_bytes(second.width) : 0));
+    const bool of_first = warp < first.slabs;
+    const bool brings_weights = warp < first.slabs + second.slabs;
+    const int slab = of_first ? first.expert * all_slabs + first.slab + warp
+                              : second.expert * all_slabs + second.slab + warp - first.slabs;
+    const uint8_t* from = p.weights + static_cast<int64_t>(slab) * of_slab;
+    const int to_first = tokens_at<Cut>(false) + block * token_block_bytes(first.width);
+    const int to_second = tokens_at<Cut>(true) + block * token_block_bytes(second.width);
+#pragma unroll 1
+    for (int column = 0; column < p.k; column += kStageK) {
+      ring.wait_empty();
+      const uint32_t full = ring.full();
+      if (warp == 0) arrive_and_expect(full, bytes);
+      if (brings_weights) {
+        copy_bulk(ring.stage() + warp * kSlabStageBytes, from, kSlabStageBytes, full, kEvictFirst);
+        from += kSlabStageBytes;
+      }
+      if (block >= 0) {
+        const int at = column + block * kBlockK;
+        copy_tokens(maps, ring.stage() + to_first, at, first, full);
+        if (second.slabs) copy_tokens(maps, ring.stage() + to_second, at, second, full);
+      }
+      ring.advance();
     }
   }
-  wait_stores_done();
+}
+
+template <typename Cut, bool kGated>
+__device__ __forceinline__ void consume(const Problem& p, Ring ring, Walk<Cut> walk,
+                                        int warpgroup) {
+  Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
+  const int stages = p.k / kStageK;
+  for (; walk.valid(); walk.advance()) {
+    // This warpgroup's slab, which is worked out anew for the epilogue.
+    const auto mine = [&] {
+      Part part = walk.first();
+      const bool second = warpgroup >= part.slabs;
+      if (second) {
+        const int before = part.slabs;
+        part = walk.second(part);
+        part.slab -= before;
+        part.slabs += before;
+      }
+      part.slab += warpgroup;
+      return part;
+    };
+    const Part part = mine();
+    if (warpgroup >= part.slabs) {
+      for (int stage = 0; stage < stages; ++stage) {
+        ring.wait_full();
+        release(ring.empty());
+        ring.advance();
+      }
+      continue;
+    }
+    fetch_scales<Cut, kGated>(staging, p.outputs, p.row_scales + part.first_row, part.expert,
+                              part.end_row - part.first_row);
+    Accumulators<Cut> acc;
+    accumulate<Cut>(acc, ring, tokens_at<Cut>(warpgroup >= walk.first().slabs), stages,
+                    uniform(part.width));
+    const Part same = mine();
+    store_outputs<Cut, kGated>(acc, p.outputs, staging, same.slab, same.first_row, same.end_row);
+  }
 }
 
 // first_tiles[L + 1] from offsets[L + 1]; returns the widest tile's width. By one warp.
+template <typename Cut>
 __device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int experts) {
   const int lane = threadIdx.x % 32;
   int sum = 0;
@@ -398,8 +342,8 @@ __device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int ex
   for (int base = 0; base < experts; base += 32) {
     const int e = base + lane;
     const int rows = e < experts ? offsets[e + 1] - offsets[e] : 0;
-    int tiles = token_tiles(rows);
-    widest = max(widest, tile_width(rows));
+    int tiles = token_tiles<Cut>(rows);
+    widest = max(widest, tile_width<Cut>(rows));
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(~0u, tiles, step);
@@ -411,12 +355,12 @@ __device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int ex
   return __reduce_max_sync(~0u, widest);
 }
 
-template <bool kGated>
-__global__ void __launch_bounds__(kThreads, 1)
+template <typename Cut, bool kGated>
+__global__ void __launch_bounds__(kThreads<Cut>, 1)
     grouped_gemm(const __grid_constant__ Problem p, const __grid_constant__ TokenMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const uint32_t barriers = shared_address(&shared().barriers);
-  int* offsets = shared().plan;
+  const uint32_t barriers = shared_address(&shared<Cut>().barriers);
+  int* offsets = shared<Cut>().plan;
   int* first_tiles = offsets + p.experts + 1;
 
   const int warpgroup = threadIdx.x / kWarpgroup;
@@ -426,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows64));
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
-      init_barrier(barriers + 8 * (kMaxStages + s), 4 * kConsumers);
+      init_barrier(barriers + 8 * (kMaxStages + s), 4 * Cut::kSlabs);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -434,30 +378,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   // done: the offsets are there, the tokens may not be.
   if constexpr (kGated) wait_for_previous_kernel();
   let_next_kernel_start();
-  for (int e = threadIdx.x; e <= p.experts; e += kThreads) offsets[e] = p.offsets[e];
+  for (int e = threadIdx.x; e <= p.experts; e += kThreads<Cut>) offsets[e] = p.offsets[e];
   __syncthreads();
   if (threadIdx.x < 32) {
-    const int width = plan(offsets, first_tiles, p.experts);
-    if (threadIdx.x == 0) shared().widest = width;
+    const int width = plan<Cut>(offsets, first_tiles, p.experts);
+    if (threadIdx.x == 0) shared<Cut>().widest = width;
   }
   __syncthreads();
 
-  const int weight_tiles = ceil_div(p.n, kWeightRows);
-  const Walk walk(offsets, first_tiles, p.experts, weight_tiles, static_cast<int>(blockIdx.x));
-  const Ring ring(shared_address(shared().ring), barriers, shared().widest);
-  if (warpgroup == kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    const int warp = threadIdx.x % kWarpgroup / 32;
-    if (threadIdx.x % 32 == 0) {
-      if (warp < kWeightWarps) {
-        produce_weights(p, ring, walk, warp);
-      } else {
-        produce_tokens<kGated>(p, maps, ring, walk, warp - kWeightWarps);
-      }
+  const Walk<Cut> walk(offsets, first_tiles, p.experts, p.n / kSlabRows,
+                       static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  const Ring ring(shared_address(shared<Cut>().ring), Block<Cut>::kRingBytes, barriers,
+                  stage_bytes<Cut>(shared<Cut>().widest));
+  // What setmaxnreg shares out is what the block was launched with; it waits for ever for more.
+  constexpr int kLaunched = (1 << 16) / kThreads<Cut> / 8 * 8;
+  static_assert(Cut::kSlabs * Block<Cut>::kConsumerRegisters + Block<Cut>::kProducerRegisters <=
+                (Cut::kSlabs + 1) * kLaunched);
+  if (warpgroup == Cut::kSlabs) {
+    cutlass::arch::warpgroup_reg_dealloc<Block<Cut>::kProducerRegisters>();
+    if (cute::elect_one_sync()) {
+      produce<Cut, kGated>(p, maps, ring, walk, threadIdx.x % kWarpgroup / 32);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    consume_all<kGated>(p, ring, walk, warpgroup);
+    cutlass::arch::warpgroup_reg_alloc<Block<Cut>::kConsumerRegisters>();
+    consume<Cut, kGated>(p, ring, walk, warpgroup);
   }
 #endif
 }

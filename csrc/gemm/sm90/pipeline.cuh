@@ -1,8 +1,9 @@
 // The ring of stages between the producer warps and the consumer warpgroups.
 //
-// A stage is one k64 block: two slab blocks of weights, then the tokens, in rows of 128 bytes. All
-// experts' tiles are known before the first copy, so stages are only as wide as the widest needs,
-// and few tokens get a deeper ring.
+// A stage is two k64 blocks: those of each slab of the tile's weights, one slab after the other; then, for
+// each part that a tile can have, the tokens of the first block and of the second, in rows of 128
+// bytes. All experts' tiles are known before the first copy, so stages are only as wide as the widest
+// needs, and few tokens get a deeper ring.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -16,19 +17,24 @@ namespace megamoe::sm90 {
 constexpr int kBlockK = 64;
 constexpr int kSlabBlockBytes = 4608;  // megamoe_ep/prepack/sm90.py: 4096 of codes, 512 of scales
 constexpr int kScalesAt = 4096;
-constexpr int kWeightStageBytes = 2 * kSlabBlockBytes;
-constexpr int kTokenBytes = 2 * kBlockK;
+constexpr int kStageBlocks = 2;
+constexpr int kStageK = kStageBlocks * kBlockK;
+constexpr int kSlabStageBytes = kStageBlocks * kSlabBlockBytes;
+constexpr int kTokenBytes = 2 * kBlockK;  // of a row of a block
 
-MEGAMOE_HD int stage_bytes(int width) {
-  return kWeightStageBytes + loaded_rows(width) * kTokenBytes;
+MEGAMOE_HD constexpr int token_block_bytes(int width) { return loaded_rows(width) * kTokenBytes; }
+
+template <typename Cut>
+MEGAMOE_HD constexpr int stage_bytes(int width) {
+  constexpr int kParts = Cut::kShares ? 2 : 1;
+  return Cut::kSlabs * kSlabStageBytes + kParts * kStageBlocks * token_block_bytes(width);
 }
 
 // What L2 keeps: weights pass once, or once for each token tile at about the same time.
 constexpr uint64_t kEvictFirst = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 constexpr uint64_t kEvictLast = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 
-constexpr int kMaxStages = 16;
-constexpr int kRingBytes = 6 * (kWeightStageBytes + kMaxTokens * kTokenBytes);
+constexpr int kMaxStages = 8;
 
 // Barriers of shared memory, by address.
 
@@ -62,32 +68,42 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same for who has time: between looks it leaves the scheduler to others.
+__device__ __forceinline__ void wait_patiently(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  while (true) {
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    if (over) return;
+    __nanosleep(40);
+  }
+}
+
 struct Barriers {
   uint64_t full[kMaxStages];   // one arrival, and the bytes of a stage
   uint64_t empty[kMaxStages];  // one arrival of each consumer warp
 };
 
-// What a consumer has to know of a stage after its codes are loaded: shared addresses.
-struct Place {
-  uint32_t tokens;
-  uint32_t empty;
-};
-
 // A place in the ring, and in time.
 class Ring {
  public:
-  __device__ Ring(uint32_t memory, uint32_t barriers, int width)
-      : memory_(memory), barriers_(barriers), stage_bytes_(stage_bytes(width)),
-        stages_(min(kMaxStages, kRingBytes / stage_bytes_)) {}
+  __device__ Ring(uint32_t memory, int nbytes, uint32_t barriers, int stage_bytes)
+      : memory_(memory), barriers_(barriers), stage_bytes_(stage_bytes),
+        stages_(min(kMaxStages, nbytes / stage_bytes)) {}
 
   __device__ int stages() const { return stages_; }
-  __device__ uint32_t weights() const { return memory_ + stage_ * stage_bytes_; }
-  __device__ uint32_t tokens() const { return weights() + kWeightStageBytes; }
+  __device__ uint32_t stage() const { return memory_ + stage_ * stage_bytes_; }
   __device__ uint32_t full() const { return barriers_ + 8 * stage_; }
   __device__ uint32_t empty() const { return full() + 8 * kMaxStages; }
-  __device__ Place place() const { return {tokens(), empty()}; }
   __device__ void wait_full() const { wait(full(), phase_); }
-  __device__ void wait_empty() const { wait(empty(), phase_ ^ 1); }
+  __device__ void wait_empty() const { wait_patiently(empty(), phase_ ^ 1); }
   __device__ void advance() {
     if (++stage_ == stages_) {
       stage_ = 0;
@@ -123,26 +139,14 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* map, int colum
       : "memory");
 }
 
-// One row from shared to device memory.
-__device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
-               "r"(bytes)
+// One float by this thread, into shared memory and not waited for.
+__device__ __forceinline__ void copy_float(float* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 }
 
-__device__ __forceinline__ void commit_stores() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until all but the last `left` groups of this thread's stores have been read from shared memory.
-template <int left>
-__device__ __forceinline__ void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(left) : "memory");
-}
-
-__device__ __forceinline__ void wait_stores_done() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
+// For all that this thread copies so.
+__device__ __forceinline__ void wait_floats() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 v;
