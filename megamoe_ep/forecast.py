@@ -25,15 +25,19 @@ class GemmTiles:
         weight_rows: rows of weights in a tile.
         max_tokens: the most rows of tokens in a tile; an expert's rows are cut into as few tiles as
             that allows, all of one width.
-        token_step: a width is a multiple of this, or half of it. Tiles of one width only have
-            ``max_tokens`` here.
+        token_step: a width is a multiple of this. Tiles of one width only have ``max_tokens`` here.
         blocks: how many tiles the GPU works on at a time, with as much of it each.
+        least_width: what tiles of fewer tokens take as long as, in the tensor cores.
+        instructions: that a scheduler issues for a tile and 64 of k, tensor cores' aside. They are
+            not overlapped: both want the register file, as csrc/gemm/sm90/gemm.cuh says.
     """
 
     weight_rows: int
     max_tokens: int
     token_step: int
     blocks: int
+    least_width: int = 0
+    instructions: int = 0
 
     def of_expert(self, rows: float) -> tuple[int, int]:
         """How many token tiles an expert with so many rows has, and their width."""
@@ -42,8 +46,7 @@ class GemmTiles:
         tiles = math.ceil(rows / self.max_tokens)
         if self.token_step == self.max_tokens:
             return tiles, self.max_tokens
-        least, step = rows / tiles, self.token_step
-        return tiles, step // 2 if least <= step // 2 else math.ceil(least / step) * step
+        return tiles, math.ceil(rows / tiles / self.token_step) * self.token_step
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ class GemmKernels:
 
 
 KERNELS = {
-    # csrc/gemm/sm90/schedule.cuh, on 132 SMs
-    "H200": GemmKernels((GemmTiles(256, 176, 16, 132),), fused=True),
+    # csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens
+    # take; tests/unit/test_sass.py counts the instructions. Equal shares, to a slab, for few.
+    "H200": GemmKernels(
+        (GemmTiles(128, 48, 8, 132, 26, 151), GemmTiles(256, 176, 8, 132, 26, 314)), fused=True
+    ),
     # csrc/gemm/sm100/grouped_gemm.cuh, on 148 SMs; a wide tile takes two of them
     "B200": GemmKernels((GemmTiles(128, 64, 64, 148), GemmTiles(256, 256, 256, 74)), fused=False),
 }
@@ -139,9 +145,11 @@ def _busiest_block(
             continue
         count = token_tiles * weight_tiles
         nbytes = (matrix.nbytes + rows * matrix.row_nbytes) / count
-        flops = 2 * width * matrix.k * matrix.n / weight_tiles
-        seconds = max(nbytes / ceilings.copy_bytes_per_s, flops / ceilings.flop_per_s)
-        each += [seconds * tiles.blocks] * count
+        flops = 2 * max(width, tiles.least_width) * matrix.k * matrix.n / weight_tiles
+        multiplied = flops / ceilings.flop_per_s * tiles.blocks
+        issued = tiles.instructions * matrix.k / 64 / ceilings.clock_hz
+        read = nbytes / ceilings.copy_bytes_per_s * tiles.blocks
+        each += [max(read, multiplied + issued)] * count
     rounds = torch.zeros(-(-len(each) // tiles.blocks) * tiles.blocks, dtype=torch.float64)
     rounds[: len(each)] = torch.tensor(each, dtype=torch.float64)
     return float(rounds.view(-1, tiles.blocks).sum(0).max()) if each else 0.0

@@ -203,6 +203,7 @@ class Ceilings:
         source: where the figures come from.
         domain: ranks that NVLink joins; the others are reached through the network.
         network_bytes_per_s, network_flag_s: the same between domains.
+        clock_hz: of the SMs at best; a scheduler issues one instruction a cycle.
     """
 
     name: str
@@ -215,6 +216,7 @@ class Ceilings:
     domain: int = 8
     network_bytes_per_s: float = 45e9
     network_flag_s: float = 5e-6
+    clock_hz: float = 1.98e9
 
 
 _H200 = (

@@ -8,16 +8,37 @@ allocates or waits for the device, so calls can be captured in a CUDA graph.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import WeightLayout, library
 from megamoe_ep.weights import KernelWeights
 
+if TYPE_CHECKING:
+    from megamoe_ep.shape import LayerShape
+    from megamoe_ep.symm_buffer import Workspace
+
 MAX_EXPERTS = 1024  # their offsets lie in shared memory
-FEW_ROWS = 40  # of an expert
+FEW_ROWS = 40  # of an expert, from which on the GEMMs are cut for many: docs/performance.md
 _ALIGNMENT = 16  # bytes; TMA takes addresses and copies of no less
+
+_expected_rows: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()  # by expert_offsets
+
+
+def allocate_scratch(workspace: Workspace, shape: LayerShape) -> None:
+    """Allocates nothing; notes how many rows to expect of a workspace, which has room for more."""
+    _expected_rows[workspace.expert_offsets] = shape.max_num_tokens * shape.top_k
+
+
+def cut_for_few(expert_offsets: torch.Tensor, rows: int) -> bool:
+    """Whether the GEMMs are cut for few rows an expert. A matter of speed alone: every number of
+    rows is right with both cuts, and gives the same bits."""
+    experts = expert_offsets.shape[0] - 1
+    return _expected_rows.get(expert_offsets, rows) <= FEW_ROWS * experts
 
 
 def l1(
@@ -63,7 +84,7 @@ def l1(
         experts,
         weights.n,
         weights.k,
-        r <= FEW_ROWS * experts,
+        cut_for_few(expert_offsets, r),
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -106,7 +127,7 @@ def l2(
         experts,
         weights.n,
         weights.k,
-        r <= FEW_ROWS * experts,
+        cut_for_few(expert_offsets, r),
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )

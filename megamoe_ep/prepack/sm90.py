@@ -16,10 +16,11 @@ half of the word and of the register:
     a2         r       2 * c + 8 + h            2*         11, 10, 9
     a3         r + 8   2 * c + 8 + h            0          14*, 13*, 1
 
-Bits are those of the 16-bit half of h, or with * of the other half. Bit 15 and 8..6 are where a bf16
-has its sign, the two lowest bits of its exponent and the highest of its significand; so masked, and
-a1 rotated left by 3, a2 right by 3, a code is a bf16 worth value * 2**-126, denormals included. a3 is
-what these leave: masked in a1's rotated word, then shifted by 2, 7 and 12, the three added, and masked.
+Bits are those of the 16-bit half of h, or with * of the other half. Bit 15 and 8..6 are where a
+bf16 has its sign, the two lowest bits of its exponent and the highest of its significand; so
+masked, and a1 rotated left by 3, a2 right by 3, a code is a bf16 worth value * 2**-126, denormals
+included. a3 is what these leave: masked in a1's rotated word, shifted by 2, 7 and 12, the three
+added, and masked.
 
 Scales. For q = t / 4 there are 16 bytes at 4096 + 16 * q: words for (mb, p) = (0, 0), (0, 1),
 (1, 0), (1, 1). A word serves the steps 2 * p and 2 * p + 1:
@@ -54,7 +55,7 @@ CODE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // 2
 SCALE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // nvfp4.BLOCK
 BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
 
-# Of a code's bits, the sign first: where they are in its half of a word, or from 16 on in the other.
+# Where a code's bits are, the sign first: in its half of a word, or from 16 on in the other half.
 _BITS_AT = ((15, 8, 7, 6), (12, 5, 4, 3), (16 + 2, 11, 10, 9), (0, 16 + 14, 16 + 13, 1))
 _NAN = 0x7F  # of UE4M3
 _PACKED_NAN = 0xFF

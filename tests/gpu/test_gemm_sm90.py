@@ -32,6 +32,13 @@ MIXED = (0, 1, 7, 63, 64, 65, 129, 1000, 0)
 WIDTHS = tuple(range(8, 177, 8))
 
 
+@pytest.fixture(params=[True, False], ids=["few", "many"], autouse=True)
+def few(request, monkeypatch) -> bool:
+    """Every test with both ways to cut a GEMM."""
+    monkeypatch.setattr(cuda, "cut_for_few", lambda expert_offsets, rows: request.param)
+    return request.param
+
+
 @dataclass
 class Layer:
     """Two projections' weights in both layouts, and their scales."""
@@ -347,6 +354,17 @@ def test_back_to_back_calls_do_not_meet():
         cuda.l2(h[:r], tokens.offsets, layer.l2["sm90"], layer.l2_alpha, out=out[:r])
     for i, out in enumerate(outs):
         assert same(out[: batches[i % 2].count], expected[i % 2]), i
+
+
+@pytest.mark.parametrize("between", ["bf16", "nvfp4"])
+def test_both_cuts_give_the_same_bits(between, few, monkeypatch):
+    layer = make_layer(len(MIXED), 1152, 640, between=between)
+    tokens = make_tokens(MIXED, layer.hidden)
+    h = run_l1(layer, tokens)
+    out = run_l2(layer, h, tokens.offsets)
+    monkeypatch.setattr(cuda, "cut_for_few", lambda expert_offsets, rows: not few)
+    assert same(run_l1(layer, tokens)[: tokens.count], h[: tokens.count])
+    assert same(run_l2(layer, h, tokens.offsets)[: tokens.count], out[: tokens.count])
 
 
 def test_one_graph_serves_any_row_counts():

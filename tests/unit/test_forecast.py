@@ -107,11 +107,16 @@ def test_expectations_are_the_means_of_drawn_routings(ranks, tokens, top_k, skew
 def test_tiles_are_those_of_the_kernels():
     source = (ROOT / "csrc/gemm/sm90/schedule.cuh").read_text()
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
-    (tiles,) = KERNELS["H200"].tiles
-    assert tiles.max_tokens == int(constants["kMaxTokens"])
-    assert tiles.weight_rows == int(constants["kWeightRows"])
-    assert [tiles.of_expert(rows) for rows in (0, 1, 8, 9, 16, 17, 176, 177, 353)] == [
-        (0, 0), (1, 8), (1, 8), (1, 16), (1, 16), (1, 32), (1, 176), (2, 96), (3, 128),
+    few, many = KERNELS["H200"].tiles
+    cuts = dict(re.findall(r"using (\w+) = Cut<(\d+, \d+, \w+)>;", source))
+    assert cuts == {
+        "Few": f"4, {few.max_tokens}, true",
+        "Many": f"{many.weight_rows // 128}, {many.max_tokens}, false",
+    }
+    assert few.weight_rows == int(constants["kSlabRows"]) == 128
+    assert few.token_step == many.token_step == int(constants["kTokenStep"])
+    assert [many.of_expert(rows) for rows in (0, 1, 8, 9, 16, 17, 176, 177, 353)] == [
+        (0, 0), (1, 8), (1, 8), (1, 16), (1, 16), (1, 24), (1, 176), (2, 96), (3, 120),
     ]  # fmt: skip
 
     source = (ROOT / "csrc/gemm/sm100/grouped_gemm.cuh").read_text()

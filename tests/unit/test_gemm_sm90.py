@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from megamoe_ep import nvfp4
+from megamoe_ep.kernels import cuda
 from megamoe_ep.prepack import sm90
+from megamoe_ep.shape import LayerShape
+from megamoe_ep.symm_buffer import Workspace
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 SCHEDULES = 1000
-WIDTHS = set(range(8, 177, 8))  # that the kernel has instructions for
+WIDTHS = {few: set(range(8, widest + 1, 8)) for few, widest in ((True, 48), (False, 176))}
 
 
 def build(folder: Path, source: str, compiler: list[str]) -> ctypes.CDLL:
@@ -127,7 +130,9 @@ def row_counts(draw: torch.Generator, seed: int) -> torch.Tensor:
     most, largest = [(300, 3), (300, 40), (60, 200), (30, 2000)][seed % 4]
     experts = int(torch.randint(1, most + 1, (), generator=draw))
     counts = torch.randint(0, largest + 1, (experts,), generator=draw)
-    special = torch.tensor([0, 1, 7, 8, 9, 63, 64, 65, 129, 175, 176, 177, 352, 353, 1000, 1057])
+    special = torch.tensor(
+        [0, 1, 7, 8, 9, 47, 48, 49, 63, 64, 65, 97, 129, 175, 176, 177, 353, 1000, 1057]
+    )
     pick = special[torch.randint(len(special), (experts,), generator=draw)]
     counts = torch.where(torch.rand(experts, generator=draw) < 0.3, pick, counts)
     if seed % 50 == 0:
@@ -135,49 +140,85 @@ def row_counts(draw: torch.Generator, seed: int) -> torch.Tensor:
     return counts
 
 
-def tiles_of(
-    schedule: ctypes.CDLL, counts: torch.Tensor, weight_tiles: int, blocks: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """First row of each expert; tiles of each block; expert, first row, end row, width, weight tile
-    of every tile."""
+def parts_of(
+    schedule: ctypes.CDLL, few: bool, counts: torch.Tensor, slabs: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First row of each expert; of every part of every tile: block, tile, expert, first row, end
+    row, width, slab, slabs."""
     offsets = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0))).int()
-    tiles = torch.empty(100_000, 5, dtype=torch.int32)
-    per_block = torch.empty(blocks, dtype=torch.int32)
+    parts = torch.empty(200_000, 8, dtype=torch.int32)
     found = schedule.walk(
-        ctypes.c_void_p(offsets.data_ptr()), len(counts), weight_tiles, blocks,
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (per_block, tiles)), len(tiles),
+        few, ctypes.c_void_p(offsets.data_ptr()), len(counts), slabs, blocks,
+        ctypes.c_void_p(parts.data_ptr()), len(parts),
     )  # fmt: skip
     assert found >= 0
-    return offsets.long(), per_block, tiles[:found].long()
+    return offsets.long(), parts[:found].long()
 
 
-def test_every_row_meets_every_weight_tile_once(schedule):
-    widest = schedule.max_tokens()
+@pytest.mark.parametrize("few", [True, False])
+def test_every_row_meets_every_slab_once(schedule, few):
+    most_slabs = schedule.slabs_of_tile(few)
     for seed in range(SCHEDULES):
         draw = torch.Generator().manual_seed(seed)
         counts = row_counts(draw, seed)
-        weight_tiles = int(torch.randint(1, 30, (), generator=draw))
+        slabs = int(torch.randint(1, 60, (), generator=draw))
         blocks = [1, 7, 132, 1000][int(torch.randint(4, (), generator=draw))]
-        offsets, per_block, tiles = tiles_of(schedule, counts, weight_tiles, blocks)
-        assert per_block.max() - per_block.min() <= 1
-        assert per_block.sum() == len(tiles)
-        expert, first, end, width, weight_tile = tiles.unbind(1)
+        offsets, parts = parts_of(schedule, few, counts, slabs, blocks)
+        block, tile, expert, first, end, width, slab, of_part = parts.unbind(1)
 
-        assert set(width.tolist()) <= WIDTHS
-        assert torch.equal(end, offsets[expert + 1])
+        assert set(width.tolist()) <= WIDTHS[few]
         assert (first >= offsets[expert]).all()
-        assert (first < end).all()
-        assert len(tiles) == int(((counts + widest - 1) // widest).sum()) * weight_tiles
-        # +1 where a tile's rows begin, -1 after its last one: each row is in one tile.
-        edges = torch.zeros(weight_tiles, int(offsets[-1]) + 1, dtype=torch.long)
+        assert (end <= offsets[expert + 1]).all()
+        assert ((first < end) & (end <= first + width) & (of_part > 0)).all()
+        # +1 where a part's rows and slabs begin, -1 after them, both ways: each pair is met once.
+        edges = torch.zeros(slabs + 1, int(offsets[-1]) + 1, dtype=torch.long)
         one = torch.ones_like(first)
-        edges.index_put_((weight_tile, first), one, accumulate=True)
-        edges.index_put_((weight_tile, torch.minimum(first + width, end)), -one, accumulate=True)
-        assert (edges.cumsum(1)[:, :-1] == 1).all()
+        for slab_edge, row_edge, sign in (
+            (slab, first, 1), (slab, end, -1), (slab + of_part, first, -1), (slab + of_part, end, 1)
+        ):  # fmt: skip
+            edges.index_put_((slab_edge, row_edge), sign * one, accumulate=True)
+        assert (edges.cumsum(0).cumsum(1)[:-1, :-1] == 1).all()
+
+        number = block * (int(tile.max()) + 1 if len(tile) else 1) + tile
+        _, inverse, of_tile = number.unique(return_inverse=True, return_counts=True)
+        assert (of_tile <= (2 if few else 1)).all()
+        summed = torch.zeros(len(of_tile), dtype=torch.long).index_add_(0, inverse, of_part)
+        assert (summed <= most_slabs).all()
+        work = torch.bincount(block, weights=of_part.double() if few else None, minlength=blocks)
+        assert work.max() - work.min() <= 1
 
 
-def test_widths_waste_little(schedule):
+@pytest.mark.parametrize("few", [True, False])
+def test_widths_waste_little(schedule, few):
+    widest = schedule.max_tokens(few)
     for rows in range(1, 2000):
-        _, _, tiles = tiles_of(schedule, torch.tensor([rows]), 1, 1)
-        width = int(tiles[0, 3])
-        assert 0 <= len(tiles) * width - rows < 8 * len(tiles)
+        _, parts = parts_of(schedule, few, torch.tensor([rows]), 1, 1)
+        width = int(parts[0, 5])
+        assert len(parts) == -(-rows // widest)
+        assert 0 <= len(parts) * width - rows < 8 * len(parts)
+
+
+def test_tiles_for_few_rows_are_full_to_the_last(schedule):
+    """A block's slabs are of as few tiles as can be where experts have one token tile each."""
+    most = schedule.slabs_of_tile(True)
+    for rows, experts, slabs in ((16, 32, 32), (8, 48, 56), (48, 7, 20), (1, 5, 5)):
+        counts = torch.full((experts,), rows)
+        _, parts = parts_of(schedule, True, counts, slabs, 132)
+        for block in parts[:, 0].unique():
+            mine = parts[parts[:, 0] == block]
+            assert int(mine[:, 1].max()) + 1 == -(-int(mine[:, 7].sum()) // most)
+
+
+def test_the_cut_goes_by_the_rows_that_an_expert_can_expect():
+    """Those that are there or, in a layer, those of even routing: a workspace has room for more."""
+    offsets = torch.zeros(9, dtype=torch.int32)
+    assert cuda.cut_for_few(offsets, 8 * cuda.FEW_ROWS)
+    assert not cuda.cut_for_few(offsets, 8 * cuda.FEW_ROWS + 1)
+    tokens = cuda.FEW_ROWS  # of eight experts of a rank, each with as many rows
+    for more, few in ((0, True), (1, False)):
+        shape = LayerShape(16, tokens + more, 8, 128, 128, 2)
+        workspace = Workspace.allocate(shape, torch.device("cpu"))
+        assert len(workspace.rows) == 2 * 8 * (tokens + more)
+        assert not cuda.cut_for_few(workspace.expert_offsets, len(workspace.rows))
+        cuda.allocate_scratch(workspace, shape)
+        assert cuda.cut_for_few(workspace.expert_offsets, len(workspace.rows)) == few

@@ -18,16 +18,26 @@ constexpr uint32_t kCodes = 0x81C081C0;  // where a code belongs in each half of
 
 MEGAMOE_HD uint32_t rotate_left(uint32_t word, int by) { return word << by | word >> (32 - by); }
 
+// A word as a1 and a3 want it, rotated once for both: the compiler would shift it anew for a1, which has
+// no use for the bits that come around.
+MEGAMOE_HD uint32_t rotated(uint32_t word) {
+  word = rotate_left(word, 3);
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(word));
+#endif
+  return word;
+}
+
 // Register i of the fragment, before its scale. Three times four bits of a half-word can have a code's
 // own distances; a3 is what they leave, brought together by one product that shifts by 2, 7 and 12
 // without a carry.
 template <int i>
-MEGAMOE_HD uint32_t codes_of(uint32_t word) {
+MEGAMOE_HD uint32_t codes_of(uint32_t word, uint32_t rotated) {
   static_assert(i >= 0 && i < 4);
   if constexpr (i == 0) return word & kCodes;
-  if constexpr (i == 1) return rotate_left(word, 3) & kCodes;
+  if constexpr (i == 1) return rotated & kCodes;
   if constexpr (i == 2) return rotate_left(word, 29) & kCodes;
-  return (rotate_left(word, 3) & 0x001B001B) * (1 << 2 | 1 << 7 | 1 << 12) & kCodes;
+  return (rotated & 0x001B001B) * (1 << 2 | 1 << 7 | 1 << 12) & kCodes;
 }
 
 // Scales of rows r (low half) and r + 8 (high half) at an even and an odd k16 step: one word has both.

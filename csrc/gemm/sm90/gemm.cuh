@@ -127,16 +127,17 @@ __device__ __forceinline__ uint32_t product(uint32_t codes, __nv_bfloat162 scale
 __device__ __forceinline__ void decode(const Packed& packed, int strip, int step,
                                        uint32_t (&a)[4]) {
   const uint32_t word = packed.word(strip, step);
+  const uint32_t turned = rotated(word);
   const uint32_t pair = packed.scale_word(strip, step);
   const uint32_t scales = step % 2 ? scales_of<1>(pair) : scales_of<0>(pair);
   __nv_bfloat162 both;
   memcpy(&both, &scales, 4);
   const __nv_bfloat162 r0 = __low2bfloat162(both);
   const __nv_bfloat162 r8 = __high2bfloat162(both);
-  a[0] = product(codes_of<0>(word), r0);
-  a[1] = product(codes_of<1>(word), r8);
-  a[2] = product(codes_of<2>(word), r0);
-  a[3] = product(codes_of<3>(word), r8);
+  a[0] = product(codes_of<0>(word, turned), r0);
+  a[1] = product(codes_of<1>(word, turned), r8);
+  a[2] = product(codes_of<2>(word, turned), r0);
+  a[3] = product(codes_of<3>(word, turned), r8);
 }
 
 // Lets the producer have a stage back, once every consumer warp has said so.
@@ -190,8 +191,9 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
         if (block == 0) {
           load(1);
           ring.advance();
-        } else if (stage + 1 < stages) {
-          ring.wait_full();
+        } else {
+          // Past the last stage for nothing: without a choice nothing has to be moved.
+          if (stage + 1 < stages) ring.wait_full();
           load(0);
         }
       }

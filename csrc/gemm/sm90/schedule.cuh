@@ -15,7 +15,6 @@ constexpr int kSlabRows = 128;
 constexpr int kTokenStep = 8;  // wgmma's widths are multiples of it
 
 MEGAMOE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-MEGAMOE_HD constexpr int max_of(int a, int b) { return a > b ? a : b; }
 MEGAMOE_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // How a GEMM is cut. Few rows an expert, and memory is the bound: the order is by expert, token tile and
@@ -40,7 +39,8 @@ MEGAMOE_HD int token_tiles(int rows) {
 // Width of an expert's token tiles: a multiple of kTokenStep.
 template <typename Cut>
 MEGAMOE_HD int tile_width(int rows) {
-  return ceil_div(rows, max_of(token_tiles<Cut>(rows), 1) * kTokenStep) * kTokenStep;
+  if (rows <= Cut::kMaxTokens) return ceil_div(rows, kTokenStep) * kTokenStep;  // no division
+  return ceil_div(rows, token_tiles<Cut>(rows) * kTokenStep) * kTokenStep;
 }
 
 // Rows that are loaded for a tile of this width: boxes have a multiple of 16.
@@ -66,9 +66,10 @@ class Walk {
                   int blocks)
       : offsets_(offsets), first_tiles_(first_tiles), experts_(experts), slabs_(slabs) {
     if constexpr (Cut::kShares) {
-      const int64_t all = static_cast<int64_t>(first_tiles[experts]) * slabs;
-      index_ = static_cast<int>(all * block / blocks);
-      end_ = static_cast<int>(all * (block + 1) / blocks);
+      const int all = first_tiles[experts] * slabs;
+      const int share = all / blocks, more = all % blocks;  // the first blocks take one more
+      index_ = share * block + min_of(block, more);
+      end_ = index_ + share + (block < more);
     } else {
       index_ = block;
       end_ = blocks;
@@ -97,12 +98,13 @@ class Walk {
     const int index = index_ - before * of_token_tile();
     int token_tile, slab, slabs;
     if constexpr (Cut::kShares) {
-      token_tile = index / slabs_;
-      slab = index % slabs_;
+      token_tile = index < slabs_ ? 0 : index / slabs_;
+      slab = index - token_tile * slabs_;
       slabs = min_of(end_ - index_, slabs_ - slab);
     } else {
-      token_tile = index % tiles;
-      slab = index / tiles * Cut::kSlabs;
+      const int group = tiles == 1 ? index : index / tiles;
+      token_tile = index - group * tiles;
+      slab = group * Cut::kSlabs;
       slabs = slabs_ - slab;
     }
     const int end = offsets_[expert_ + 1];

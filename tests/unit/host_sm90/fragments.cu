@@ -44,8 +44,9 @@ void decode_step(const uint8_t* slab_block, int strip, int step, int thread, flo
   const uint32_t word = word_at(slab_block + 2048 * strip + 16 * thread + 4 * step);
   const uint32_t scales = sm90::scales_of<odd>(
       word_at(slab_block + 4096 + 16 * (thread / 4) + 8 * strip + 4 * (step / 2)));
-  const uint32_t codes[4] = {sm90::codes_of<0>(word), sm90::codes_of<1>(word),
-                             sm90::codes_of<2>(word), sm90::codes_of<3>(word)};
+  const uint32_t turned = sm90::rotated(word);
+  const uint32_t codes[4] = {sm90::codes_of<0>(word, turned), sm90::codes_of<1>(word, turned),
+                             sm90::codes_of<2>(word, turned), sm90::codes_of<3>(word, turned)};
   for (int i = 0; i < 4; ++i) {
     const float scale = from_bf16(i % 2 ? scales >> 16 : scales & 0xFFFF);
     values[2 * i] = from_bf16(codes[i] & 0xFFFF) * scale;
