@@ -149,7 +149,6 @@ __device__ __forceinline__ void release(uint32_t empty) {
 // what follows from it where wgmma wants its descriptors.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
 
-
 template <typename Cut>
 using Accumulators = float[kStrips][Cut::kMaxTokens / 2];
 
@@ -164,19 +163,19 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
   const uint32_t codes_at = slab_at + thread % kWarpgroup * 16;
   const uint32_t scales_at = slab_at + kScalesAt + thread % kWarpgroup / 4 * 16;
   Packed packed;  // of the block that is decoded next
-  const auto load = [&](int block) {
-    const uint32_t weights = ring.stage() + block * kSlabBlockBytes;
-    packed.load(weights + codes_at, weights + scales_at);
+  const auto load = [&](uint32_t block_at) {
+    packed.load(block_at + codes_at, block_at + scales_at);
   };
 #pragma unroll
   for (int i = 0; i < N; ++i) acc[i % 2][i / 2] = 0;
 
   ring.wait_full();
-  load(0);
+  load(ring.stage());
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
+    const uint32_t here = ring.stage();
     const uint32_t empty = ring.empty();
-    const uint32_t tokens = token_descriptor(uniform(ring.stage() + tokens_at));
+    const uint32_t tokens = token_descriptor(uniform(here + tokens_at));
 #pragma unroll
     for (int group = 0; group < kStageBlocks * 4 / kGroup; ++group) {
       const int block = group * kGroup / 4;
@@ -189,12 +188,16 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
       }
       if (first + kGroup == 4) {
         if (block == 0) {
-          load(1);
+          load(here + kSlabBlockBytes);
           ring.advance();
         } else {
-          // Past the last stage for nothing: without a choice nothing has to be moved.
-          if (stage + 1 < stages) ring.wait_full();
-          load(0);
+          // In the last stage something, for nothing: registers are moved where loads are chosen.
+          uint32_t next = here;
+          if (stage + 1 < stages) {
+            ring.wait_full();
+            next = ring.stage();
+          }
+          load(next);
         }
       }
       pin(acc[0]);
