@@ -12,6 +12,7 @@
 #include <cuda_bf16.h>
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "gemm/sm90/mma.cuh"
 

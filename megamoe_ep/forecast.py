@@ -133,7 +133,7 @@ def _gemm(load: Load, matrix: Matrix, ceilings: Ceilings, kernels: GemmKernels) 
 def _busiest_block(
     expert_rows: tuple[float, ...], matrix: Matrix, ceilings: Ceilings, tiles: GemmTiles
 ) -> float:
-    """A block has its share of memory and of arithmetic.
+    """A block has its share of memory and of products, and its SM's own rate of instructions.
 
     Token tiles of one expert run together and read its weights once; likewise with rows.
     """

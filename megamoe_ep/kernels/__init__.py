@@ -77,7 +77,8 @@ def open_kernel_state(buffer: SymmBuffer, comm_sms: int | None) -> KernelState |
 
 
 def allocate_scratch(workspace: Workspace, shape: LayerShape, device: torch.device) -> None:
-    """Allocates what the GEMMs for ``device`` want beside the workspace, if they want anything."""
+    """Lets the GEMMs for ``device`` allocate what they want beside the workspace, or note what to
+    expect of it; those that want nothing are not asked."""
     module = gemm_kernels(weight_layout(device))
     if hasattr(module, "allocate_scratch"):
         module.allocate_scratch(workspace, shape)

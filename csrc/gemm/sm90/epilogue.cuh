@@ -19,6 +19,7 @@ namespace megamoe::sm90 {
 constexpr int kChunk = 16;       // tokens transposed at a time
 constexpr int kStagedRow = 80;   // bytes of one: 64 or 32 are used, the others keep banks apart
 constexpr int kWarpgroup = 128;
+constexpr int kWarps = kWarpgroup / 32;
 
 struct Outputs {
   __nv_bfloat16* out;        // [R, row_elements]

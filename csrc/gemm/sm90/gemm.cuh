@@ -32,7 +32,8 @@ namespace megamoe::sm90 {
 
 constexpr int kStrips = 2;  // m64 blocks of a slab
 
-// What a block is made of, for each way to cut a GEMM.
+// What a block is made of, for each way to cut a GEMM: registers of a thread; the k16 steps that are
+// decoded and handed to wgmma at a time, as many as registers allow; the ring.
 template <typename Cut>
 struct Block;
 
@@ -76,10 +77,10 @@ struct Problem {
 template <typename Cut>
 struct Shared {
   uint8_t ring[Block<Cut>::kRingBytes];
-  Staging<Cut> staging[4 * Cut::kSlabs];  // of each consumer warp
+  Staging<Cut> staging[kWarps * Cut::kSlabs];  // of each consumer warp
   Barriers barriers;
-  int widest;                             // tile
-  int plan[1];                            // offsets[L + 1], first_tiles[L + 1]
+  int widest;                                  // tile
+  int plan[1];                                 // offsets[L + 1], first_tiles[L + 1]
 };
 
 template <typename Cut>
@@ -262,7 +263,7 @@ __device__ __forceinline__ void copy_tokens(const TokenMaps& maps, uint32_t to, 
 template <typename Cut, bool kGated>
 __device__ __forceinline__ void produce(const Problem& p, const TokenMaps& maps, Ring ring,
                                         Walk<Cut> walk, int warp) {
-  const int block = warp - (4 - kStageBlocks);  // of tokens, unless below 0
+  const int block = warp - (kWarps - kStageBlocks);  // of tokens, unless below 0
   // L1 may still be at work on them.
   if (!kGated && block >= 0) wait_for_previous_kernel();
   const int all_slabs = p.n / kSlabRows;
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows64));
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
-      init_barrier(barriers + 8 * (kMaxStages + s), 4 * Cut::kSlabs);
+      init_barrier(barriers + 8 * (kMaxStages + s), kWarps * Cut::kSlabs);
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -98,7 +98,6 @@ class Ring {
       : memory_(memory), barriers_(barriers), stage_bytes_(stage_bytes),
         stages_(min(kMaxStages, nbytes / stage_bytes)) {}
 
-  __device__ int stages() const { return stages_; }
   __device__ uint32_t stage() const { return memory_ + stage_ * stage_bytes_; }
   __device__ uint32_t full() const { return barriers_ + 8 * stage_; }
   __device__ uint32_t empty() const { return full() + 8 * kMaxStages; }
