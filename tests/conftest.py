@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,11 @@ def launch(launcher_side: None) -> Callable[..., str]:
     return launch_ranks
 
 
+@pytest.fixture(scope="session")
+def launch_tests(launcher_side: None) -> Callable[..., list[int]]:
+    return launch_tests_in_ranks
+
+
 @pytest.fixture(scope="module")
 def left_in_shared_memory() -> Callable[[], set[str]]:
     """Call it for the files in /dev/shm that came since and that no living process maps."""
@@ -114,6 +120,14 @@ def launch_ranks(launcher: str, world_size: int, program: list[str], *, check: b
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def launch_tests_in_ranks(launcher: str, world_size: int, files: Sequence[Path]) -> list[int]:
+    """How many tests of ``files`` passed in each rank; asserts that none failed."""
+    argv = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *map(str, files)]
+    output = launch_ranks(launcher, world_size, argv + ["--with-mpi"] * (launcher == "mpirun"))
+    # One rank's summary may stand in the line of another's.
+    return [int(count) for count in re.findall(r"(\d+) passed", output)]
 
 
 class ForkedRanks:

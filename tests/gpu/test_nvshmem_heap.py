@@ -179,14 +179,9 @@ def test_a_lone_rank_needs_no_nvshmem(launcher_side):
 
 @pytest.mark.parametrize("ranks_per_gpu", [1, 2])
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
-def test_the_rank_side_tests_pass(launch, launcher, ranks_per_gpu):
+def test_the_rank_side_tests_pass(launch_tests, launcher, ranks_per_gpu):
     world_size = max(2, torch.cuda.device_count() * ranks_per_gpu)
-    flags = ["--with-mpi"] if launcher == "mpirun" else []
-    argv = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *flags, str(HERE)]
-    output = launch(launcher, world_size, argv)
-    passed = [line for line in output.splitlines() if " passed" in line]
-    assert len(passed) == world_size, output
-    assert all(line.startswith("7 passed") for line in passed), output
+    assert launch_tests(launcher, world_size, [HERE]) == [7] * world_size
 
 
 @pytest.mark.slow

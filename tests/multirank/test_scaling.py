@@ -62,9 +62,5 @@ def test_points_past_the_budget_are_left_out_and_said_so(launch, tmp_path):
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("mpirun", 4)])
-def test_counted_bytes(launch, launcher, ranks):
-    flags = ["--with-mpi"] if launcher == "mpirun" else []
-    file = str(HERE / "test_counted_bytes.py")
-    program = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *flags, file]
-    output = launch(launcher, ranks, program)
-    assert output.count("20 passed") == ranks, output
+def test_counted_bytes(launch_tests, launcher, ranks):
+    assert launch_tests(launcher, ranks, [HERE / "test_counted_bytes.py"]) == [20] * ranks
