@@ -144,12 +144,13 @@ def ceilings(data: Data) -> str:
             f"{c.peer_bytes_per_s / 1e9:.0f}",
             f"{c.flag_s * 1e6:.2f}",
             f"{c.launch_s * 1e6:.2f}",
+            "-" if c.call_s is None else f"{c.call_s * 1e6:.2f}",
             c.source,
         ]
         for where, c in [*measured, *assumed]
     ]
-    heads = ["", "copy TB/s", "product TFLOP/s", "peer GB/s", "flag us", "launch us", "source"]
-    return table(heads, lines)
+    heads = ["", "copy TB/s", "product TFLOP/s", "peer GB/s", "flag us", "launch us", "call us"]
+    return table([*heads, "source"], lines)
 
 
 def latency(data: Data) -> str:

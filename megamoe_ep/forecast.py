@@ -1,25 +1,27 @@
 """How long a call of the layer will take on a machine, from its ceilings alone.
 
-The sum over the kernels of a call (``roofline.steps``). A kernel takes a launch, the latency of a
-flag where it waits for one, and its floor; a GEMM takes what its busiest block does, by the tiles
-that csrc cuts it into. Nothing here is fitted to a measured layer.
+The sum over the kernels of a call (``roofline.steps``). A kernel takes a launch (the first one a
+call's), the latency of a flag where it waits for one, and its floor; a GEMM takes what its busiest
+block does, by the tiles that csrc cuts it into. Nothing here is fitted to a measured layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from megamoe_ep.kernels import cuda, cuda_sm100
 from megamoe_ep.roofline import PHASES, Ceilings, Load, Step, step_floor, steps, weight_nbytes
 from megamoe_ep.shape import LayerShape
 
 
 @dataclass(frozen=True)
 class GemmTiles:
-    """How a grouped GEMM is cut: tile t of all goes to block t % blocks.
+    """How a grouped GEMM is cut into tiles, numbered by expert.
 
     Attributes:
         weight_rows: rows of weights in a tile.
@@ -30,6 +32,8 @@ class GemmTiles:
         least_width: what tiles of fewer tokens take as long as, in the tensor cores.
         instructions: that a scheduler issues for a tile and 64 of k, tensor cores' aside. They are
             not overlapped: both want the register file, as csrc/gemm/sm90/gemm.cuh says.
+        shares: a block takes as many tiles as every other, give or take one, that follow one
+            another. Else block b takes tiles b, b + blocks, b + 2 * blocks ...
     """
 
     weight_rows: int
@@ -38,6 +42,7 @@ class GemmTiles:
     blocks: int
     least_width: int = 0
     instructions: int = 0
+    shares: bool = False
 
     def of_expert(self, rows: float) -> tuple[int, int]:
         """How many token tiles an expert with so many rows has, and their width."""
@@ -48,29 +53,54 @@ class GemmTiles:
             return tiles, self.max_tokens
         return tiles, math.ceil(rows / tiles / self.token_step) * self.token_step
 
+    def busiest_block(self, seconds: torch.Tensor) -> float:
+        """Of tiles that take ``seconds`` each, fp64 [n]: what the block that takes longest does."""
+        n = len(seconds)
+        if self.shares:
+            share, more = divmod(n, self.blocks)
+            sizes = [share + (block < more) for block in range(self.blocks)]
+            return max(float(part.sum()) for part in torch.split(seconds, sizes))
+        rounds = seconds.new_zeros(-(-n // self.blocks), self.blocks)
+        rounds.view(-1)[:n] = seconds
+        return float(rounds.sum(0).max())
+
 
 @dataclass(frozen=True)
 class GemmKernels:
     """The two grouped GEMMs of one architecture.
 
     Attributes:
-        tiles: those that there are to choose from; the best is taken.
+        few, many: how they are cut for few rows an expert, and for many.
+        is_few: which of the two a layer gets.
         fused: rows come and go as bf16, and L1 ends with SwiGLU. Else passes of their own pack the
             rows into NVFP4 before each GEMM, and apply SwiGLU to the fp32 that L1 leaves.
     """
 
-    tiles: tuple[GemmTiles, ...]
+    few: GemmTiles
+    many: GemmTiles
+    is_few: Callable[[LayerShape], bool]
     fused: bool
+
+    def tiles(self, shape: LayerShape) -> GemmTiles:
+        return self.few if self.is_few(shape) else self.many
 
 
 KERNELS = {
     # csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens
-    # take; tests/unit/test_sass.py counts the instructions. Equal shares, to a slab, for few.
+    # take; tests/unit/test_sass.py counts the instructions.
     "H200": GemmKernels(
-        (GemmTiles(128, 48, 8, 132, 26, 152), GemmTiles(256, 176, 8, 132, 26, 314)), fused=True
+        GemmTiles(128, 48, 8, 132, 26, 152, shares=True),
+        GemmTiles(256, 176, 8, 132, 26, 314),
+        lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
+        fused=True,
     ),
     # csrc/gemm/sm100/grouped_gemm.cuh, on 148 SMs; a wide tile takes two of them
-    "B200": GemmKernels((GemmTiles(128, 64, 64, 148), GemmTiles(256, 256, 256, 74)), fused=False),
+    "B200": GemmKernels(
+        GemmTiles(128, 64, 64, 148),
+        GemmTiles(256, 256, 256, 74),
+        lambda s: cuda_sm100.is_few(s.max_rows, s.experts_per_rank),
+        fused=False,
+    ),
 }
 
 
@@ -81,6 +111,7 @@ def forecast(
     seconds = dict.fromkeys(PHASES, 0.0)
     h, i = shape.hidden_size, shape.intermediate_size
     weights = weight_nbytes(shape)
+    tiles = kernels.tiles(shape)
     packed = 9 / 16  # bytes of an element in NVFP4
     for step in steps(shape, load, combine):
         passes, row_nbytes = 0, 2.0 * (h + i)
@@ -88,16 +119,18 @@ def forecast(
             if not kernels.fused:
                 passes, row_nbytes = 2, packed * h + 8 * i
                 seconds["l1"] += _pass(load, (2 + packed) * h + (8 + 2) * i, ceilings)
-            work = _gemm(load, Matrix(2 * i, h, weights * 2 / 3, row_nbytes), ceilings, kernels)
+            work = _gemm(load, Matrix(2 * i, h, weights * 2 / 3, row_nbytes), ceilings, tiles)
         elif step.kernel == "l2":
             if not kernels.fused:
                 passes, row_nbytes = 1, packed * i + 2 * h
                 seconds["l2"] += _pass(load, (2 + packed) * i, ceilings)
-            work = _gemm(load, Matrix(h, i, weights / 3, row_nbytes), ceilings, kernels)
+            work = _gemm(load, Matrix(h, i, weights / 3, row_nbytes), ceilings, tiles)
         else:
             work = step_floor(step, ceilings)
         launches = (1 + passes) * ceilings.launch_s
         seconds[step.phase] += launches + _flag_seconds(step, ceilings) + work
+    if ceilings.call_s is not None:
+        seconds["stage"] += ceilings.call_s - ceilings.launch_s  # its kernel is the call's first
     return seconds
 
 
@@ -121,24 +154,22 @@ class Matrix(NamedTuple):
     row_nbytes: float  # read and written with each row
 
 
-def _gemm(load: Load, matrix: Matrix, ceilings: Ceilings, kernels: GemmKernels) -> float:
-    """Seconds of the busiest block of the busiest rank, with the best of the tiles."""
+def _gemm(load: Load, matrix: Matrix, ceilings: Ceilings, tiles: GemmTiles) -> float:
+    """Seconds of the busiest block of the busiest rank."""
     ranks = {tuple(rows) for rows in load.expert_rows.tolist()}
-    return min(
-        max(_busiest_block(rows, matrix, ceilings, tiles) for rows in ranks)
-        for tiles in kernels.tiles
-    )
+    return max(tiles.busiest_block(_tile_seconds(rows, matrix, ceilings, tiles)) for rows in ranks)
 
 
-def _busiest_block(
+def _tile_seconds(
     expert_rows: tuple[float, ...], matrix: Matrix, ceilings: Ceilings, tiles: GemmTiles
-) -> float:
-    """A block has its share of memory and of products, and its SM's own rate of instructions.
+) -> torch.Tensor:
+    """Of each tile, in their order, fp64. Its block has its share of memory and of products, and an
+    SM's instructions.
 
     Token tiles of one expert run together and read its weights once; likewise with rows.
     """
     weight_tiles = math.ceil(matrix.n / tiles.weight_rows)
-    each: list[float] = []  # seconds of a tile, in their order
+    each: list[float] = []
     for rows in expert_rows:
         token_tiles, width = tiles.of_expert(rows)
         if not token_tiles:
@@ -150,9 +181,7 @@ def _busiest_block(
         issued = tiles.instructions * matrix.k / 64 / ceilings.clock_hz
         read = nbytes / ceilings.copy_bytes_per_s * tiles.blocks
         each += [max(read, multiplied + issued)] * count
-    rounds = torch.zeros(-(-len(each) // tiles.blocks) * tiles.blocks, dtype=torch.float64)
-    rounds[: len(each)] = torch.tensor(each, dtype=torch.float64)
-    return float(rounds.view(-1, tiles.blocks).sum(0).max()) if each else 0.0
+    return torch.tensor(each, dtype=torch.float64)
 
 
 # A routing that is not drawn yet

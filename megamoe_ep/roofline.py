@@ -199,11 +199,12 @@ class Ceilings:
         peer_bytes_per_s: stores of all SMs into a peer's memory, one way, all ranks at once.
         flag_s: from a store of a flag in a peer's memory until that peer has seen it.
         launch_s: from kernel to kernel in a CUDA graph, when each has next to nothing to do on
-            every SM.
+            every SM, and its code has to come from memory.
         source: where the figures come from.
         domain: ranks that NVLink joins; the others are reached through the network.
         network_bytes_per_s, network_flag_s: the same between domains.
         clock_hz: of the SMs at best; a scheduler issues one instruction a cycle.
+        call_s: a CUDA graph of one such kernel, on an idle GPU; None where it was not measured.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Ceilings:
     network_bytes_per_s: float = 45e9
     network_flag_s: float = 5e-6
     clock_hz: float = 1.98e9
+    call_s: float | None = None
 
 
 _H200 = (
@@ -312,8 +314,12 @@ def phase_floors(
 
 # Measuring the ceilings
 
-_LAUNCHES = 64
-_LAUNCH_ELEMENTS = 1 << 17  # a block for every SM
+# A kernel each, so that none finds its code in a cache, as none does in a layer's call.
+_KERNELS = (
+    "abs_", "neg_", "sin_", "cos_", "tanh_", "exp_", "log1p_", "sqrt_", "rsqrt_", "floor_", "ceil_",
+    "round_", "trunc_", "sign_", "sigmoid_", "erf_",
+)  # fmt: skip
+_KERNEL_ELEMENTS = 1 << 17  # a block for every SM
 _FLAG_ROUNDS = 50
 
 
@@ -337,13 +343,17 @@ def measure_ceilings(meter: Meter) -> Ceilings:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product_us = meter.median_us(lambda: a @ b, 10)
 
-    few = torch.zeros(_LAUNCH_ELEMENTS if gpu else 1, device=device)
+    few = torch.zeros(_KERNEL_ELEMENTS if gpu else 1, device=device)
 
-    def launches() -> None:
-        for _ in range(_LAUNCHES):
-            few.add_(1)
+    def kernels_us(count: int) -> float:
+        def run() -> None:
+            for name in _KERNELS[:count]:
+                getattr(few, name)()
 
-    launch_us = meter.median_us(meter.capture(launches) if gpu else launches, 10) / _LAUNCHES
+        return meter.median_us(meter.capture(run) if gpu else run, 10)
+
+    call_us = kernels_us(1)
+    launch_us = (kernels_us(len(_KERNELS)) - call_us) / (len(_KERNELS) - 1)
     copy = 2 * source.nbytes / copy_us * 1e6
     # What a peer would be: the table's or, for a device that is not in it, as near as one's own.
     table = known_ceilings(meter.device_name)
@@ -362,6 +372,7 @@ def measure_ceilings(meter: Meter) -> Ceilings:
         launch_s=launch_us / 1e6,
         source="measured in this run" + assumed,
         domain=meter.group.world_size,
+        call_s=call_us / 1e6,
     )
 
 

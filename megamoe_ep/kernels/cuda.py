@@ -34,11 +34,15 @@ def allocate_scratch(workspace: Workspace, shape: LayerShape) -> None:
     _expected_rows[workspace.expert_offsets] = shape.max_num_tokens * shape.top_k
 
 
+def is_few(rows: int, experts: int) -> bool:
+    """Whether the GEMMs are cut for few rows an expert, where so many rows are expected. A matter
+    of speed alone: every number of rows is right with both cuts, and gives the same bits."""
+    return rows <= FEW_ROWS * experts
+
+
 def cut_for_few(expert_offsets: torch.Tensor, rows: int) -> bool:
-    """Whether the GEMMs are cut for few rows an expert. A matter of speed alone: every number of
-    rows is right with both cuts, and gives the same bits."""
-    experts = expert_offsets.shape[0] - 1
-    return _expected_rows.get(expert_offsets, rows) <= FEW_ROWS * experts
+    """``is_few`` of what is expected of this workspace, or of the ``rows`` that it has room for."""
+    return is_few(_expected_rows.get(expert_offsets, rows), expert_offsets.shape[0] - 1)
 
 
 def l1(

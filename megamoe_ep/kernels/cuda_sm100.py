@@ -36,6 +36,11 @@ from megamoe_ep.weights import KernelWeights
 WIDE_FROM = 512
 
 
+def is_few(rows: int, experts: int) -> bool:
+    """Whether the GEMMs are cut for few rows an expert, where there is room for so many rows."""
+    return rows < WIDE_FROM * experts
+
+
 class Scratch:
     """Memory of the kernels between one another, for L1 and L2 of one layer shape.
 
@@ -64,7 +69,7 @@ class Scratch:
             "experts": experts,
             "hidden": hidden,
             "intermediate": intermediate,
-            "wide": int(rows >= WIDE_FROM * experts),
+            "wide": int(not is_few(rows, experts)),
             "sms": sms,
             "device": torch.cuda.current_device() if device.index is None else device.index,
         }

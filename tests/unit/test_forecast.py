@@ -16,7 +16,8 @@ from megamoe_ep.roofline import KNOWN, Load, layer_floor, phase_floors
 ROOT = Path(__file__).resolve().parents[2]
 H200 = KNOWN["H200"]
 # So fine that no tile is ever wider than its rows, and one block has all the work.
-NO_TILES = GemmKernels((GemmTiles(256, 1 << 30, 2, blocks=1),), fused=True)
+NO_TILE = GemmTiles(256, 1 << 30, 2, blocks=1)
+NO_TILES = GemmKernels(NO_TILE, NO_TILE, lambda shape: True, fused=True)
 FREE = replace(H200, launch_s=0.0, flag_s=0.0, peer_bytes_per_s=1e30, network_bytes_per_s=1e30)
 
 
@@ -107,11 +108,11 @@ def test_expectations_are_the_means_of_drawn_routings(ranks, tokens, top_k, skew
 def test_tiles_are_those_of_the_kernels():
     source = (ROOT / "csrc/gemm/sm90/schedule.cuh").read_text()
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
-    few, many = KERNELS["H200"].tiles
+    few, many = KERNELS["H200"].few, KERNELS["H200"].many
     cuts = dict(re.findall(r"using (\w+) = Cut<(\d+, \d+, \w+)>;", source))
     assert cuts == {
-        "Few": f"4, {few.max_tokens}, true",
-        "Many": f"{many.weight_rows // 128}, {many.max_tokens}, false",
+        "Few": f"4, {few.max_tokens}, {few.shares}".lower(),
+        "Many": f"{many.weight_rows // 128}, {many.max_tokens}, {many.shares}".lower(),
     }
     assert few.weight_rows == int(constants["kSlabRows"]) == 128
     assert few.token_step == many.token_step == int(constants["kTokenStep"])
@@ -121,8 +122,8 @@ def test_tiles_are_those_of_the_kernels():
 
     source = (ROOT / "csrc/gemm/sm100/grouped_gemm.cuh").read_text()
     cut = re.findall(r"using Tile = cute::Shape<cute::_(\d+), cute::_(\d+), cute::_\d+>;", source)
-    assert cut == [(str(t.weight_rows), str(t.max_tokens)) for t in KERNELS["B200"].tiles]
-    narrow, wide = KERNELS["B200"].tiles
+    narrow, wide = KERNELS["B200"].few, KERNELS["B200"].many
+    assert cut == [(str(t.weight_rows), str(t.max_tokens)) for t in (narrow, wide)]
     assert [narrow.of_expert(rows) for rows in (0, 1, 64, 65)] == [
         (0, 0),
         (1, 64),
@@ -132,11 +133,28 @@ def test_tiles_are_those_of_the_kernels():
     assert wide.of_expert(257) == (2, 256)
 
 
+def test_a_share_is_of_neighbours_and_a_round_of_one_tile_a_block():
+    seconds = torch.tensor([9.0, 8, 1, 1, 1, 1, 1], dtype=torch.float64)
+    tiles = GemmTiles(128, 48, 8, blocks=3)
+    assert replace(tiles, shares=True).busiest_block(seconds) == 9 + 8 + 1  # of 3, 2 and 2 tiles
+    assert tiles.busiest_block(seconds) == 9 + 1 + 1  # tiles 0, 3 and 6
+    for way in (tiles, replace(tiles, shares=True)):
+        assert way.busiest_block(seconds[:2]) == 9
+        assert way.busiest_block(seconds[:0]) == 0
+
+
+def test_a_call_has_a_launch_of_its_own():
+    shape = MODELS["dsv3"].layer(32, 64, 1)
+    load = expected_load(shape)
+    more = replace(H200, call_s=H200.launch_s + 3e-6)
+    assert seconds(shape, load, ceilings=more) - seconds(shape, load) == pytest.approx(3e-6)
+
+
 def test_separate_passes_cost_their_bytes():
     shape = MODELS["dsv3"].layer(32, 2048, 1)
     load = expected_load(shape)
     fused, apart = (
-        forecast(shape, load, "exact", FREE, GemmKernels(KERNELS["H200"].tiles, fused=fused))
+        forecast(shape, load, "exact", FREE, replace(KERNELS["H200"], fused=fused))
         for fused in (True, False)
     )
     rows = 2048 * 8

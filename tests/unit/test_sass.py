@@ -83,7 +83,7 @@ def test_main_loops_of_hopper_gemms_do_not_spill(kernels, cuobjdump):
         r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(?:\S*\s+(?:!?U?P\w+,\s*)?(0x[0-9a-f]+))?"
     )
     checked = {"Few": 0, "Many": 0}
-    few, many = KERNELS["H200"].tiles
+    few, many = KERNELS["H200"].few, KERNELS["H200"].many
     # Of two k64 blocks of a slab: the forecast's are of one block of a tile.
     most = {"Few": 2 * few.instructions, "Many": 2 * many.instructions * 128 // many.weight_rows}
     for body in text.split("Function : ")[1:]:
