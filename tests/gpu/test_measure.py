@@ -25,6 +25,8 @@ def test_ceilings_are_near_those_of_the_table():
     assert found.copy_bytes_per_s == pytest.approx(table.copy_bytes_per_s, rel=0.15)
     assert found.flop_per_s == pytest.approx(table.flop_per_s, rel=0.20)
     assert 0.2e-6 < found.launch_s < 10e-6
+    assert found.call_s is not None
+    assert found.launch_s < found.call_s < 50e-6
     assert found.source.startswith("measured in this run")
 
 
