@@ -52,14 +52,6 @@ __device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o,
   }
 }
 
-// This thread's number in the block, read anew: what is worked out from it is not kept in registers
-// while the accumulators need them.
-__device__ __forceinline__ int thread_read_anew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t bits;
@@ -67,22 +59,11 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   return bits;
 }
 
-// Four 8x8 matrices of bf16, each transposed: lanes 8m to 8m + 7 say where matrix m's rows go.
-__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&m)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
-               : "memory");
-}
-
 // silu(gate) * up. NaN in gives NaN out, as clamps by comparison let it through.
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
   gate = gate > clamp ? clamp : gate;
   up = up > clamp ? clamp : up < -clamp ? -clamp : up;
-  float exponential, inverse;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(exponential) : "f"(gate * -1.442695040888963f));
-  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + exponential));
-  return gate * inverse * up;
+  return gate * reciprocal(1.0f + power_of_2(gate * -1.442695040888963f)) * up;
 }
 
 // Nearest E2M1 value of x, ties to the even code, saturating: adding a number whose last bit is worth
@@ -113,7 +94,7 @@ struct BlockScale {
     const float quotient = __fdividef(__uint_as_float(largest), 6.0f * global_scale);
     const __nv_fp8_e4m3 rounded(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
     scale = largest < 0x7F800000u ? static_cast<float>(rounded) : __uint_as_float(0x7FC00000u);
-    asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale * global_scale));
+    inverse = reciprocal(scale * global_scale);
   }
 
   __device__ __forceinline__ float operator()(float x) const {

@@ -14,12 +14,7 @@
 // An output is summed over k in one order, whatever the tile's width and whoever its neighbours are.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90_desc.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
 
 #include "dependent_launch.cuh"
 #include "gemm/sm90/decode.cuh"
@@ -146,10 +141,6 @@ __device__ __forceinline__ void release(uint32_t empty) {
   if (threadIdx.x % 32 == 0) arrive(empty);
 }
 
-// The same number in every thread of a warp, known to be so to the compiler, which then keeps it and
-// what follows from it where wgmma wants its descriptors.
-__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
-
 template <typename Cut>
 using Accumulators = float[kStrips][Cut::kMaxTokens / 2];
 
@@ -203,15 +194,15 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
       }
       pin(acc[0]);
       pin(acc[1]);
-      cute::warpgroup_arrive();
+      begin_products();
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const uint32_t at = tokens + (block * token_block_bytes(N) + (first + i) * 32) / 16;
-        multiply_add<N>(acc[0], fragments[i][0], at);
-        multiply_add<N>(acc[1], fragments[i][1], at);
+        const uint64_t descriptor = kSwizzle128 | kPatternStride | at;
+        multiply_add<N>(acc[0], fragments[i][0], descriptor);
+        multiply_add<N>(acc[1], fragments[i][1], descriptor);
       }
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<0>();
+      wait_for_products();
     }
     release(empty);
   }
@@ -371,14 +362,12 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
 
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows16));
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows32));
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.rows64));
+    for (const CUtensorMap* map : {&maps.rows16, &maps.rows32, &maps.rows64}) prefetch_map(map);
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
       init_barrier(barriers + 8 * (kMaxStages + s), kWarps * Cut::kSlabs);
     }
-    cutlass::arch::fence_barrier_init();
+    show_barriers();
   }
   // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
   // done: the offsets are there, the tokens may not be.
@@ -401,12 +390,12 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   static_assert(Cut::kSlabs * Block<Cut>::kConsumerRegisters + Block<Cut>::kProducerRegisters <=
                 (Cut::kSlabs + 1) * kLaunched);
   if (warpgroup == Cut::kSlabs) {
-    cutlass::arch::warpgroup_reg_dealloc<Block<Cut>::kProducerRegisters>();
-    if (cute::elect_one_sync()) {
+    give_registers_back<Block<Cut>::kProducerRegisters>();
+    if (one_lane()) {
       produce<Cut, kGated>(p, maps, ring, walk, threadIdx.x % kWarpgroup / 32);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Block<Cut>::kConsumerRegisters>();
+    take_registers<Block<Cut>::kConsumerRegisters>();
     consume<Cut, kGated>(p, ring, walk, warpgroup);
   }
 #endif

@@ -43,24 +43,22 @@ MEGAMOE_ATOM(168)
 MEGAMOE_ATOM(176)
 #undef MEGAMOE_ATOM
 
-// Tokens as TMA leaves them with 128-byte swizzle, rows of 64 bf16, eight of them to a pattern: the low
-// half of their descriptor, which counts 16 bytes, and the high half, which is the same for all.
-__device__ __forceinline__ uint32_t token_descriptor(uint32_t shared_address) {
-  constexpr uint32_t kUnused = 1 << 16;
-  return kUnused | (shared_address & 0x3FFFF) >> 4;
-}
-constexpr uint32_t kSwizzle128 = 1u << 30;
-constexpr uint32_t kPatternStride = 1024 >> 4;
-
-// The accumulators of wider tiles than this one stay what they are.
+// Adds weights x tokens, these by their descriptor in shared memory. The accumulators of wider tiles than
+// this one stay what they are.
 template <int N, int Size>
 __device__ __forceinline__ void multiply_add(float (&acc)[Size], const uint32_t (&a)[4],
-                                             uint32_t tokens) {
+                                             uint64_t tokens) {
   static_assert(N / 2 <= Size);
-  const uint64_t descriptor = static_cast<uint64_t>(kSwizzle128 | kPatternStride) << 32 | tokens;
   [&]<size_t... i>(std::index_sequence<i...>) {
-    Atom<N>::Type::fma(a[0], a[1], a[2], a[3], descriptor, acc[i]...);
+    Atom<N>::Type::fma(a[0], a[1], a[2], a[3], tokens, acc[i]...);
   }(std::make_index_sequence<N / 2>());
+}
+
+// Before the products of a group, when their operands in registers are what they are to be; after them.
+__device__ __forceinline__ void begin_products() { cute::warpgroup_arrive(); }
+__device__ __forceinline__ void wait_for_products() {
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_wait<0>();
 }
 
 // Keeps the compiler from moving what touches the accumulators across this point.

@@ -6,10 +6,9 @@
 // needs, and few tokens get a deeper ring.
 #pragma once
 
-#include <cute/arch/copy_sm90_desc.hpp>
-
 #include <cstdint>
 
+#include "gemm/sm90/ptx.cuh"
 #include "gemm/sm90/schedule.cuh"
 
 namespace megamoe::sm90 {
@@ -30,61 +29,16 @@ MEGAMOE_HD constexpr int stage_bytes(int width) {
   return Cut::kSlabs * kSlabStageBytes + kParts * kStageBlocks * token_block_bytes(width);
 }
 
-// What L2 keeps: weights pass once, or once for each token tile at about the same time.
-constexpr uint64_t kEvictFirst = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
-constexpr uint64_t kEvictLast = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+// Tokens as TMA leaves them with 128-byte swizzle, rows of 64 bf16, eight of them to a pattern: the low
+// half of their descriptor, which counts 16 bytes, and the high half, which is the same for all.
+__device__ __forceinline__ uint32_t token_descriptor(uint32_t shared_address) {
+  constexpr uint32_t kUnused = 1 << 16;
+  return kUnused | (shared_address & 0x3FFFF) >> 4;
+}
+constexpr uint64_t kSwizzle128 = 1ull << 62;
+constexpr uint64_t kPatternStride = static_cast<uint64_t>(1024 >> 4) << 32;
 
 constexpr int kMaxStages = 8;
-
-// Barriers of shared memory, by address.
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// Until the barrier's phase of this parity is over; all who have to arrive are of this block.
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred over;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-      "@!over bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// The same for who has time: between looks it leaves the scheduler to others.
-__device__ __forceinline__ void wait_patiently(uint32_t barrier, uint32_t parity) {
-  uint32_t over;
-  while (true) {
-    asm volatile(
-        "{\n"
-        ".reg .pred over;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, over;\n"
-        "}"
-        : "=r"(over)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (over) return;
-    __nanosleep(40);
-  }
-}
 
 struct Barriers {
   uint64_t full[kMaxStages];   // one arrival, and the bytes of a stage
@@ -118,42 +72,5 @@ class Ring {
   int stage_ = 0;
   uint32_t phase_ = 0;
 };
-
-// Copies one after another into shared memory, completing on a stage's barrier.
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_box(uint32_t to, const void* map, int column, int row,
-                                         uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-// One float by this thread, into shared memory and not waited for.
-__device__ __forceinline__ void copy_float(float* to, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-
-// For all that this thread copies so.
-__device__ __forceinline__ void wait_floats() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 
 }  // namespace megamoe::sm90

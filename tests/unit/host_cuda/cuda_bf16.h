@@ -3,6 +3,9 @@
 
 #include "host_cuda.h"
 
+struct __nv_bfloat16 {
+  uint16_t x;
+};
 struct __nv_bfloat162 {
   uint16_t x, y;
 };
@@ -29,3 +32,5 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(host_cuda::widen(a.x) * host_cuda::widen(b.x),
                                host_cuda::widen(a.y) * host_cuda::widen(b.y));
 }
+inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162 a) { return {a.x, a.x}; }
+inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162 a) { return {a.y, a.y}; }

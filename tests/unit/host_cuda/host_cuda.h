@@ -25,6 +25,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 using std::max;
 using std::min;
@@ -187,6 +188,11 @@ T __shfl_up_sync(uint32_t, T value, int distance) {
   return from < 0 ? value : host_cuda::from_bits<T>(all[from]);
 }
 
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, int mask) {
+  return host_cuda::from_bits<T>(host_cuda::exchange(value)[host_cuda::lane() ^ mask]);
+}
+
 inline uint32_t __ballot_sync(uint32_t, int predicate) {
   const uint64_t* all = host_cuda::exchange(predicate != 0);
   uint32_t bits = 0;
@@ -207,6 +213,13 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   return static_cast<uint32_t>(*std::max_element(all, all + 32));
 }
 
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t value) {
+  const uint64_t* all = host_cuda::exchange(value);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]);
+  return bits;
+}
+
 inline int __ffs(int bits) { return bits ? std::countr_zero(static_cast<uint32_t>(bits)) + 1 : 0; }
 inline int __ffsll(long long bits) {
   return bits ? std::countr_zero(static_cast<uint64_t>(bits)) + 1 : 0;
@@ -215,6 +228,7 @@ inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits);
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 

@@ -1,6 +1,7 @@
 // csrc/comm/ptx.cuh for the host: one thread runs at a time, so every access is ordered.
 #pragma once
 
+#include "dependent_launch.cuh"
 #include "host_cuda.h"
 
 namespace megamoe::comm {
@@ -34,8 +35,6 @@ inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline void store_release_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline void fence_sys() {}
 inline uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
 
 // A clock that runs by being looked at: deadlines pass.
 inline uint64_t host_clock_ns = 0;

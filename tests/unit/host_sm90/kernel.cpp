@@ -1,0 +1,36 @@
+// csrc's Hopper GEMM, whole, on the host.
+#include "host_cuda.h"
+
+#include "gemm/sm90/gemm.cuh"
+
+namespace megamoe::sm90 {
+
+alignas(1024) uint8_t shared_memory[kSharedBytes];
+
+template <typename Cut, bool kGated>
+void run(const Problem& p, const TokenMaps& maps, int blocks) {
+  host_cuda::launch(blocks, kThreads<Cut>, reinterpret_cast<int*>(shared_memory),
+                    shared_bytes<Cut>(p.experts), kSharedBytes,
+                    [&] { grouped_gemm<Cut, kGated>(p, maps); });
+  expect(copies.empty(), "copies are still on their way");
+}
+
+}  // namespace megamoe::sm90
+
+using namespace megamoe::sm90;
+
+// As gemm_sm90_l1 and gemm_sm90_l2 of the library, with row_scales for L1 alone, by so many blocks.
+extern "C" void grouped_gemm_on_host(
+    bool gated, bool few, int blocks, unsigned seed, const uint16_t* rows, const float* row_scales,
+    const int32_t* offsets, const uint8_t* weights, const float* alpha, const float* input_scale,
+    float clamp, __nv_bfloat16* out, int64_t all_rows, int experts, int n, int k) {
+  dice.seed(seed);
+  const Problem problem = {
+      weights, offsets, row_scales, {out, gated ? n / 2 : n, alpha, input_scale, clamp}, experts, n, k,
+  };
+  const auto map = [&](int box_rows) { return CUtensorMap{rows, all_rows, k, box_rows}; };
+  const TokenMaps maps = {map(16), map(32), map(64)};
+  const auto kernel = gated ? few ? run<Few, true> : run<Many, true>
+                            : few ? run<Few, false> : run<Many, false>;
+  kernel(problem, maps, blocks);
+}

@@ -1,0 +1,204 @@
+"""csrc's Hopper GEMMs, whole, with no GPU: fibers stand for threads (tests/unit/host_cuda), copies
+come late and in any order. What races on a GPU, and wgmma's own timing, do not show here."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamoe_ep import nvfp4, transform_weights_for_nvfp4_mega_moe
+from megamoe_ep.kernels import portable
+from megamoe_ep.weights import KernelWeights
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+POISON = 0x7FA5  # a NaN that no arithmetic makes
+GUARD_ROWS = 2
+TOLERANCE = {"bf16": 2e-3, "nvfp4": 5e-3}
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    flags = ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-D__CUDA_ARCH_FEAT_SM90_ALL"]
+    includes = [f"-I{HERE / 'host_cuda'}", f"-I{CSRC}"]
+    source = HERE / "host_sm90" / "kernel.cpp"
+    built = subprocess.run(
+        ["g++", *flags, *includes, "-shared", "-fPIC", "-o", str(library), str(source)],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    return ctypes.CDLL(str(library))
+
+
+@dataclass
+class Layer:
+    """Two projections' weights in both layouts, and their scales."""
+
+    l1: dict[str, KernelWeights]
+    l2: dict[str, KernelWeights]
+    l1_alpha: torch.Tensor
+    l2_alpha: torch.Tensor
+    input_scale: torch.Tensor | None
+
+    @classmethod
+    def draw(cls, experts: int, hidden: int, inter: int, between: str) -> Layer:
+        draw = torch.Generator().manual_seed(experts)
+
+        def matrix(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            codes = torch.randint(256, (experts, n, k // 2), generator=draw, dtype=torch.uint8)
+            scales = torch.randint(24, 73, (experts, n, k // 16), generator=draw)
+            return codes, scales.to(torch.uint8).view(torch.float8_e4m3fn)
+
+        first, second = matrix(2 * inter, hidden), matrix(hidden, inter)
+        both = {
+            layout: transform_weights_for_nvfp4_mega_moe(first, second, layout=layout)
+            for layout in ("portable", "sm90")
+        }
+        l1_alpha = (torch.rand(experts, 2, generator=draw) + 0.5) / (3 * hidden**0.5)
+        l2_alpha = (torch.rand(experts, generator=draw) + 0.5) / (3 * inter**0.5)
+        input_scale = None
+        if between == "nvfp4":
+            input_scale = (torch.rand(experts, generator=draw) + 0.5) * 20 / 2688
+            l2_alpha = l2_alpha * input_scale
+        return cls(
+            {layout: pair[0] for layout, pair in both.items()},
+            {layout: pair[1] for layout, pair in both.items()},
+            l1_alpha, l2_alpha, input_scale,
+        )  # fmt: skip
+
+
+@dataclass
+class Tokens:
+    rows: torch.Tensor
+    row_scales: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def draw(cls, counts: tuple[int, ...], hidden: int, spare: int = 3) -> Tokens:
+        """Rows of these many of each expert; then ``spare`` ones of NaN."""
+        draw = torch.Generator().manual_seed(sum(counts))
+        total = sum(counts)
+        q = nvfp4.quantize_per_token(torch.randn(total + spare, hidden, generator=draw))
+        rows, scales = nvfp4.dequantize(q.codes, q.scales).bfloat16(), q.global_scale.clone()
+        rows[total:] = torch.nan
+        scales[total:] = torch.nan
+        return cls(rows, scales, torch.tensor([0, *itertools.accumulate(counts)]).int())
+
+    def pick(self, counts: tuple[int, ...], draw: torch.Generator) -> tuple[Tokens, torch.Tensor]:
+        """So many rows of each expert, drawn, and which they were."""
+        index = torch.cat([
+            int(start) + torch.randperm(int(end - start), generator=draw)[:count]
+            for (start, end), count in zip(itertools.pairwise(self.offsets), counts, strict=True)
+        ])  # fmt: skip
+        offsets = torch.tensor([0, *itertools.accumulate(counts)]).int()
+        return Tokens(self.rows[index], self.row_scales[index], offsets), index
+
+
+def on_host(
+    kernel: ctypes.CDLL, weights: KernelWeights, rows: torch.Tensor, offsets: torch.Tensor,
+    alpha: torch.Tensor, *, few: bool, row_scales: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None, clamp: float = math.inf, blocks: int = 3,
+    seed: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    """One GEMM; checks that it writes every element of its rows and nothing else."""
+    columns = weights.n // 2 if weights.gated else weights.n
+    count, experts = int(offsets[-1]), len(offsets) - 1
+    whole = torch.full((len(rows) + 2 * GUARD_ROWS, columns), POISON, dtype=torch.int16)
+    out = whole[GUARD_ROWS : GUARD_ROWS + len(rows)]
+
+    def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+        assert tensor is None or tensor.is_contiguous()
+        return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+    kernel.grouped_gemm_on_host(
+        weights.gated, few, blocks, seed, at(rows), at(row_scales), at(offsets), at(weights.codes),
+        at(alpha), at(input_scale), ctypes.c_float(clamp), at(out), ctypes.c_int64(len(rows)),
+        experts, weights.n, weights.k,
+    )  # fmt: skip
+    poison = whole == POISON
+    written = slice(GUARD_ROWS, GUARD_ROWS + count)
+    assert not poison[written].any(), "an element was not written"
+    assert int(poison.sum()) == (len(whole) - count) * columns, "something else was written"
+    return out.view(torch.bfloat16)[:count]
+
+
+def run_l1(kernel: ctypes.CDLL, layer: Layer, tokens: Tokens, **how) -> torch.Tensor:
+    return on_host(
+        kernel, layer.l1["sm90"], tokens.rows, tokens.offsets, layer.l1_alpha,
+        row_scales=tokens.row_scales, input_scale=layer.input_scale, **how,
+    )  # fmt: skip
+
+
+def run_l2(
+    kernel: ctypes.CDLL, layer: Layer, h: torch.Tensor, offsets: torch.Tensor, **how
+) -> torch.Tensor:
+    return on_host(kernel, layer.l2["sm90"], h.contiguous(), offsets, layer.l2_alpha, **how)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize("between", ["bf16", "nvfp4"])
+@pytest.mark.parametrize(
+    ("counts", "hidden", "inter", "clamp"),
+    [
+        ((0, 1, 7, 63, 64, 65, 0), 256, 256, math.inf),
+        ((5, 0, 66), 384, 128, 0.6),
+        ((9, 177, 40, 3), 128, 256, math.inf),
+        ((0, 0), 128, 128, math.inf),
+    ],
+)
+def test_what_the_portable_kernels_give(kernel, counts, hidden, inter, clamp, between, few):
+    layer = Layer.draw(len(counts), hidden, inter, between)
+    tokens = Tokens.draw(counts, hidden)
+    rows = len(tokens.rows)
+    expected_h = torch.zeros(rows, inter, dtype=torch.bfloat16)
+    expected = torch.zeros(rows, hidden, dtype=torch.bfloat16)
+    portable.l1(
+        tokens.rows, tokens.row_scales, tokens.offsets, layer.l1["portable"], layer.l1_alpha,
+        input_scale=layer.input_scale, clamp=None if clamp == math.inf else clamp, out=expected_h,
+    )  # fmt: skip
+    portable.l2(expected_h, tokens.offsets, layer.l2["portable"], layer.l2_alpha, out=expected)
+    h = run_l1(kernel, layer, tokens, few=few, clamp=clamp)
+    out = run_l2(kernel, layer, expected_h, tokens.offsets, few=few)
+    for start, end in itertools.pairwise(tokens.offsets.tolist()):
+        if end > start:
+            assert difference(h[start:end], expected_h[start:end]) <= TOLERANCE[between]
+            assert difference(out[start:end], expected[start:end]) <= TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("between", ["bf16", "nvfp4"])
+def test_a_row_s_bits_are_its_own(kernel, between):
+    """With either cut, in every tile width, among other neighbours, with any number of blocks, and
+    whenever copies come."""
+    hidden, inter, most = 256, 128, 180
+    layer = Layer.draw(2, hidden, inter, between)
+    pool = Tokens.draw((most, most), hidden, spare=0)
+    whole_h = run_l1(kernel, layer, pool, few=False)
+    whole = run_l2(kernel, layer, whole_h, pool.offsets, few=False)
+    draw = torch.Generator().manual_seed(0)
+    cases = [(True, width, 49 - width) for width in range(1, 50, 8)]
+    cases += [(False, width, 177 - width) for width in range(1, 178, 16)]
+    for few, *counts in cases:
+        tokens, index = pool.pick(tuple(counts), draw)
+        how = {"few": few, "blocks": counts[0] % 5 + 1, "seed": counts[0]}
+        h = run_l1(kernel, layer, tokens, **how)
+        assert same(h, whole_h[index]), (few, counts)
+        assert same(run_l2(kernel, layer, h, tokens.offsets, **how), whole[index]), (few, counts)
