@@ -382,12 +382,18 @@ def _yes(value: bool) -> str:
 
 
 def _print_table(reports: list[Report], total: Traffic) -> None:
+    """One line a rank, in no more than the 80 columns of a terminal as it comes."""
+    from rich import box
     from rich.table import Table
 
     phases = list(reports[0].seconds)
-    table = Table(caption="bytes to and from other ranks; phases in ms, waiting included")
-    for name in ("rank", "device", "tokens", "rows received", "sent", "received", *phases):
-        table.add_column(name, justify="left" if name == "device" else "right")
+    table = Table(
+        box=box.SIMPLE,
+        padding=0,
+        caption="sent, received: to and from other ranks; phases in ms, waiting included",
+    )
+    for name in ("rank", "device", "tokens", "rows", "sent", "received", *phases):
+        table.add_column(name, justify="left" if name == "device" else "right", no_wrap=True)
     for rank, report in enumerate(reports):
         sent = sum(total[rank]) - total[rank][rank]
         received = sum(row[rank] for row in total) - total[rank][rank]

@@ -47,12 +47,9 @@ def test_a_checkpoint_and_a_picture(tmp_path, temporary, environment):
         f"Layer 4 of {tmp_path / 'model'}: 6 experts, hidden 64, intermediate 32, top-k 4, "
         f"combine exact, 3 rank(s)"
     )
-    rows = [line.split("│")[1:6] for line in said if line.startswith("│")]
-    assert [[cell.strip() for cell in row[:3]] for row in rows] == [
-        ["0", "cpu", "12"],
-        ["1", "cpu", "8"],
-        ["2", "cpu", "0"],
-    ]
+    rows = [line.split() for line in said if " cpu " in line]
+    assert [row[:3] for row in rows] == [["0", "cpu", "12"], ["1", "cpu", "8"], ["2", "cpu", "0"]]
+    assert max(map(len, said[1:10])) <= 80
     assert sum(int(row[3]) for row in rows) == (12 + 8) * 4, "each token reaches top-k experts"
     error = next(line for line in said if line.startswith("relative L2 error against the oracle"))
     assert float(error.split(":")[1].split()[0]) < 5e-3
