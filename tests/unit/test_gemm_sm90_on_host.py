@@ -154,6 +154,27 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
+def check(
+    kernel: ctypes.CDLL, counts: tuple[int, ...], hidden: int, inter: int, between: str,
+    clamp: float = math.inf, **how,
+) -> None:  # fmt: skip
+    """Both GEMMs of a drawn layer against the portable ones, expert by expert."""
+    layer, tokens = Layer.draw(len(counts), hidden, inter, between), Tokens.draw(counts, hidden)
+    expected_h = torch.zeros(len(tokens.rows), inter, dtype=torch.bfloat16)
+    expected = torch.zeros(len(tokens.rows), hidden, dtype=torch.bfloat16)
+    portable.l1(
+        tokens.rows, tokens.row_scales, tokens.offsets, layer.l1["portable"], layer.l1_alpha,
+        input_scale=layer.input_scale, clamp=None if clamp == math.inf else clamp, out=expected_h,
+    )  # fmt: skip
+    portable.l2(expected_h, tokens.offsets, layer.l2["portable"], layer.l2_alpha, out=expected)
+    h = run_l1(kernel, layer, tokens, clamp=clamp, **how)
+    out = run_l2(kernel, layer, expected_h, tokens.offsets, **how)
+    for start, end in itertools.pairwise(tokens.offsets.tolist()):
+        if end > start:
+            assert difference(h[start:end], expected_h[start:end]) <= TOLERANCE[between]
+            assert difference(out[start:end], expected[start:end]) <= TOLERANCE["bf16"]
+
+
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
 @pytest.mark.parametrize("between", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
@@ -163,25 +184,26 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
         ((5, 0, 66), 384, 128, 0.6),
         ((9, 177, 40, 3), 128, 256, math.inf),
         ((0, 0), 128, 128, math.inf),
+        (tuple(range(1, 177, 8)), 128, 128, math.inf),  # every width
     ],
 )
 def test_what_the_portable_kernels_give(kernel, counts, hidden, inter, clamp, between, few):
-    layer = Layer.draw(len(counts), hidden, inter, between)
-    tokens = Tokens.draw(counts, hidden)
-    rows = len(tokens.rows)
-    expected_h = torch.zeros(rows, inter, dtype=torch.bfloat16)
-    expected = torch.zeros(rows, hidden, dtype=torch.bfloat16)
-    portable.l1(
-        tokens.rows, tokens.row_scales, tokens.offsets, layer.l1["portable"], layer.l1_alpha,
-        input_scale=layer.input_scale, clamp=None if clamp == math.inf else clamp, out=expected_h,
-    )  # fmt: skip
-    portable.l2(expected_h, tokens.offsets, layer.l2["portable"], layer.l2_alpha, out=expected)
-    h = run_l1(kernel, layer, tokens, few=few, clamp=clamp)
-    out = run_l2(kernel, layer, expected_h, tokens.offsets, few=few)
-    for start, end in itertools.pairwise(tokens.offsets.tolist()):
-        if end > start:
-            assert difference(h[start:end], expected_h[start:end]) <= TOLERANCE[between]
-            assert difference(out[start:end], expected[start:end]) <= TOLERANCE["bf16"]
+    check(kernel, counts, hidden, inter, between, clamp, few=few)
+
+
+def test_drawn_loads(kernel):
+    """Shapes, loads, blocks and the order in which copies come, all drawn."""
+    draw = torch.Generator().manual_seed(0)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    for case in range(100):
+        most = (2, 20, 60, 200)[case % 4]
+        counts = tuple(number(0, most) for _ in range(number(1, 400 // (most + 20))))
+        hidden, inter = 128 * number(1, 3), 128 * number(1, 3)
+        how = {"few": case % 8 < 4, "blocks": number(1, 9), "seed": case}
+        check(kernel, counts, hidden, inter, ("bf16", "nvfp4")[case % 3 % 2], **how)
 
 
 @pytest.mark.parametrize("between", ["bf16", "nvfp4"])
