@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megamoe_ep.errors import ArgumentError
+from megamoe_ep.kernels import comm_kernels
 from megamoe_ep.kernels.portable import travelling_regions
 from megamoe_ep.shape import LayerShape
 
@@ -377,8 +378,7 @@ def measure_ceilings(meter: Meter) -> Ceilings:
 
 
 def _measure_peer(meter: Meter, source: torch.Tensor) -> tuple[float, float | None]:
-    """Stores to the next rank, bytes/s, and a flag there, seconds; None where the host has no eyes
-    for it."""
+    """Stores to the next rank, bytes/s, and a flag there, seconds; None on a GPU without csrc."""
     from megamoe_ep.symm_buffer import SymmBuffer
 
     group = meter.group
@@ -392,27 +392,39 @@ def _measure_peer(meter: Meter, source: torch.Tensor) -> tuple[float, float | No
         there = there.view(torch.int32)
         here = source[: len(there)]
         us = meter.median_us(lambda: torch.add(here, 1, out=there), 10)
-        flag_s = None if gpu else _flag_round(meter, buffer)
+        flag_s = _flag_round(meter, buffer)
     return here.nbytes / us * 1e6, flag_s
 
 
-def _flag_round(meter: Meter, buffer: SymmBuffer) -> float:
+def _flag_round(meter: Meter, buffer: SymmBuffer) -> float | None:
     """Every rank tells the next one, and waits until the one before has told it."""
     here = buffer.local.home_rows.view(-1)[:4].view(torch.int64)
     peer = buffer.peers[(buffer.rank + 1) % buffer.shape.world_size]
     there = peer.home_rows.view(-1)[:4].view(torch.int64)
+    before = (buffer.rank - 1) % buffer.shape.world_size
     here.zero_()
     meter.meet()
-    numbers = itertools.count(1)
+    firsts = itertools.count(1, _FLAG_ROUNDS)
 
-    def rounds() -> None:
+    def rounds_of_host() -> None:
         deadline = time.monotonic() + buffer.timeout_s
-        for number in itertools.islice(numbers, _FLAG_ROUNDS):
+        first = next(firsts)
+        for number in range(first, first + _FLAG_ROUNDS):
             there.fill_(number)
             buffer.fence()
             while int(here[0]) < number:
                 if time.monotonic() > deadline:
-                    before = (buffer.rank - 1) % buffer.shape.world_size
                     raise buffer.abort([before], "dispatch", number, int(here[0]))
 
-    return meter.median_us(rounds, 3) / _FLAG_ROUNDS / 1e6
+    def rounds_of_device() -> None:
+        comm.flag_rounds(there, here, next(firsts), _FLAG_ROUNDS, buffer.timeout_s)
+
+    comm = comm_kernels(meter.device)
+    on_host = meter.device.type == "cpu"
+    if not on_host and not hasattr(comm, "flag_rounds"):
+        return None
+    seconds = meter.median_us(rounds_of_host if on_host else rounds_of_device, 3) / 1e6
+    last = next(firsts) - 1
+    if int(here[0]) < last:
+        raise buffer.abort([before], "dispatch", last, int(here[0]))
+    return seconds / _FLAG_ROUNDS

@@ -1,4 +1,5 @@
-// stage, dispatch and combine as functions of the library: they launch, and wait for nothing.
+// stage, dispatch and combine as functions of the library, and what measures their flags: they launch,
+// and wait for nothing.
 //
 // Sizes, dtypes and devices of the tensors have been checked by megamoe_ep/moe.py; addresses come as
 // integers. `view` is the address of a comm::View in host memory, copied into every launch.
@@ -110,6 +111,15 @@ void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t s
   }
 }
 
+void comm_flag_rounds(int64_t there, int64_t here, int64_t first, int64_t rounds, int64_t timeout_ns,
+                      int64_t device, int64_t stream) {
+  const CurrentDevice current(static_cast<int>(device));
+  flag_rounds<<<1, 1, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      View::local<uint64_t>(there), View::local<const uint64_t>(here),
+      static_cast<uint64_t>(first), static_cast<int>(rounds), timeout_ns);
+  check(cudaGetLastError(), "flag_rounds");
+}
+
 }  // namespace
 }  // namespace megamoe::comm
 
@@ -119,3 +129,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_status_words, megamoe::comm::comm_status_word
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_stage, megamoe::comm::comm_stage);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_dispatch, megamoe::comm::comm_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_combine, megamoe::comm::comm_combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_flag_rounds, megamoe::comm::comm_flag_rounds);

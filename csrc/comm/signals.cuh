@@ -181,4 +181,17 @@ __device__ __forceinline__ bool last_block_to_finish(const View& v, Latch latch,
   return *before + 1 == gridDim.x;
 }
 
+// For measuring a flag: stores `first`, `first` + 1, ... `there`, and waits each time until as much has
+// come `here`, or until the deadline. One thread.
+__global__ void flag_rounds(uint64_t* there, const uint64_t* here, uint64_t first, int rounds,
+                            int64_t timeout_ns) {
+  const uint64_t start = globaltimer_ns();
+  for (uint64_t number = first; number < first + rounds; ++number) {
+    store_release_sys(there, number);
+    while (load_acquire_sys(here) < number) {
+      if (globaltimer_ns() - start > static_cast<uint64_t>(timeout_ns)) return;
+    }
+  }
+}
+
 }  // namespace megamoe::comm

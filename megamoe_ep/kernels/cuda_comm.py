@@ -188,6 +188,27 @@ def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
     )
 
 
+def flag_rounds(
+    there: torch.Tensor, here: torch.Tensor, first: int, rounds: int, timeout_s: float
+) -> None:
+    """For measuring a flag: so many times in turn stores a number ``there``, from ``first`` on, and
+    waits until as much has come ``here``. Where ``here`` is less than the last of them afterwards,
+    the deadline passed.
+
+    Args:
+        there, here: int64 [1], of a peer's symmetric memory and of this GPU's.
+    """
+    library.load().comm_flag_rounds(
+        there.data_ptr(),
+        here.data_ptr(),
+        first,
+        rounds,
+        round(timeout_s * 1e9),
+        here.device.index,
+        torch.cuda.current_stream(here.device).cuda_stream,
+    )
+
+
 def _state(buffer: SymmBuffer) -> CommState:
     state = buffer.kernel_state
     if not isinstance(state, CommState):

@@ -242,3 +242,18 @@ def test_who_does_not_come_is_named_in_time_and_the_gpu_lives_on(phase):
             assert y[rank.rank].isnan().all()
     a = torch.randn(256, 256).cuda()
     torch.testing.assert_close(a @ a.T, (a.double() @ a.double().T).float(), rtol=1e-2, atol=1e-1)
+
+
+def test_flags_go_round():
+    flags = torch.zeros(2, dtype=torch.int64, device="cuda")
+    comm().flag_rounds(flags[:1], flags[:1], 1, 1, 1.0)  # loads the kernel
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for me, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            comm().flag_rounds(flags[1 - me :][:1], flags[me:][:1], 2, 50, 5.0)
+    torch.cuda.synchronize()
+    assert flags.tolist() == [51, 51]
+    comm().flag_rounds(flags[1:], flags[:1], 52, 50, 0.2)
+    torch.cuda.synchronize()
+    assert flags.tolist() == [51, 52], "told once, never answered"

@@ -55,6 +55,7 @@ def kernels(tmp_path_factory):
     loaded.run_expand.argtypes = [pointer, number, pointer, number]
     loaded.run_send_home.argtypes = [pointer, number]
     loaded.run_sum.argtypes = [pointer, number, pointer, number]
+    loaded.run_flag_rounds.argtypes = [pointer, pointer, number, number, number]
     return loaded
 
 
@@ -425,3 +426,12 @@ def test_bad_inputs_are_reported_and_left_out(kernels) -> None:
                torch.tensor([-4], dtype=torch.int32))  # fmt: skip
     assert cuda.status[[8, 11]].tolist() == [2, -4]
     assert rank.local.num_tokens.item() == 0
+
+
+def test_flags_go_round_until_the_deadline(kernels):
+    flags = torch.zeros(2, dtype=torch.int64)
+    here, there = flags[:1], flags[1:]
+    kernels.run_flag_rounds(here.data_ptr(), here.data_ptr(), 1, 50, 1000)
+    assert flags.tolist() == [50, 0]
+    kernels.run_flag_rounds(there.data_ptr(), here.data_ptr(), 51, 50, 1000)
+    assert flags.tolist() == [50, 51], "told once, never answered"

@@ -57,4 +57,9 @@ void run_sum(const View* v, int exact, char* y, int y_rows) {
     exact ? combine_sum<true>(*v, y, y_rows) : combine_sum<false>(*v, y, y_rows);
   });
 }
+
+void run_flag_rounds(uint64_t* there, const uint64_t* here, int first, int rounds, int timeout_us) {
+  host_cuda::launch(1, 1, shared, 0, sizeof(shared),
+                    [=] { flag_rounds(there, here, first, rounds, 1000ll * timeout_us); });
+}
 }
