@@ -14,25 +14,29 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megamoe_ep.errors import ArgumentError, BootstrapError
+from megamoe_ep.errors import ArgumentError, BootstrapError, check_timeout
 
 DEFAULT_TIMEOUT_S = 60.0
+
+_T = TypeVar("_T")
 
 _c10d: Any = dist  # its stores are not in its type stubs
 
 _LOOPBACK = "127.0.0.1"
 _NAMESPACE = "megamoe_ep"
+_ANSWER_S = 2.0  # for the store to say that a wait is over
 _FAREWELL_S = 5.0  # at most, for which rank 0 stays until all have read what was last gathered
 # What each launcher tells its ranks.
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -90,8 +94,6 @@ class Group:
         device: torch.device | str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        if not timeout_s > 0:
-            raise ArgumentError(f"timeout_s must be a positive number of seconds; got {timeout_s}.")
         self._exchange = exchange
         self.rank = exchange.rank
         self.world_size = exchange.world_size
@@ -102,7 +104,15 @@ class Group:
         ]
         self.local_rank = neighbours.index(self.rank)
         self.local_world_size = len(neighbours)
-        self.device = _choose_device(device, self.local_rank)
+        self.device = self.device_of(device)
+
+    def device_of(self, device: torch.device | str | None) -> torch.device:
+        """The device that ``device`` means on this rank: "cuda" is one of the machine's GPUs.
+
+        Raises:
+            ArgumentError: there is no such GPU.
+        """
+        return _choose_device(device, self.local_rank)
 
     @classmethod
     def of(
@@ -126,6 +136,7 @@ class Group:
         """
         if isinstance(ranks, Group):
             return ranks
+        check_timeout(timeout_s)
         exchange: Exchange
         if ranks is None:
             exchange = _Alone()
@@ -159,6 +170,7 @@ class Group:
             BootstrapError: the variables contradict one another, mpi4py is missing or belongs to
                 another MPI than the launcher, or a rank did not come within ``timeout_s``.
         """
+        check_timeout(timeout_s)
         if dist.is_available() and dist.is_initialized():
             return cls.of(dist.group.WORLD, device=device, timeout_s=timeout_s)
         launcher = detect_launcher(os.environ)
@@ -205,10 +217,21 @@ class Group:
 
 def _choose_device(device: torch.device | str | None, local_rank: int) -> torch.device:
     chosen = torch.device(device if device is not None else _default_device_type())
-    if str(chosen) != "cuda":  # another type, or a GPU by number
+    if chosen.type == "cpu":
+        return torch.device("cpu")  # as tensors say it, without a number
+    if chosen.type != "cuda":
         return chosen
     if not torch.cuda.is_available():
-        raise ArgumentError("device 'cuda' was asked for, and torch sees no GPU; use device='cpu'.")
+        raise ArgumentError(
+            f"device '{chosen}' was asked for, and torch sees no GPU; use device='cpu'."
+        )
+    if ":" in str(chosen):
+        if chosen.index >= torch.cuda.device_count():
+            raise ArgumentError(
+                f"device must be one of the {torch.cuda.device_count()} GPUs of this machine; got "
+                f"'{chosen}'."
+            )
+        return chosen
     # The launcher's own local rank first: a group may leave out some ranks of the machine.
     for name in _LOCAL_RANK_VARIABLES:
         if os.environ.get(name, "").isdecimal():
@@ -237,7 +260,7 @@ def detect_launcher(environment: Mapping[str, str]) -> str | None:
         sizes = {environment[n] for n in _MPI_SIZE_VARIABLES if n in environment}
         # torchrun below mpirun (one agent per machine) is the inner of the two, and it says so.
         inner = "TORCHELASTIC_RUN_ID" in environment
-        if by_mpi and not inner and sizes != {environment["WORLD_SIZE"]}:
+        if by_mpi and not inner and sizes - {environment["WORLD_SIZE"]}:
             raise BootstrapError(
                 f"this process has the variables of torchrun (WORLD_SIZE="
                 f"{environment['WORLD_SIZE']}) and of mpirun ({sorted(sizes)} ranks), which do not "
@@ -275,12 +298,16 @@ class _StoreExchange:
         self._gathers = 0
         self._broken = ""
         self._farewell: weakref.finalize[..., _StoreExchange] | None = None
-        with _store_errors(rank):
+
+        def join() -> int:
             # Counted by the store, so that two groups made from one store never share a key, even
             # when torch.distributed was shut down and started again in between.
             ticket = int(store.add(f"{_NAMESPACE}/joined", 1)) - 1
             self._store = _c10d.PrefixStore(f"{_NAMESPACE}/{ticket // world_size}", store)
-            claims = int(self._store.add(f"claimed/{rank}", 1))
+            return int(self._store.add(f"claimed/{rank}", 1))
+
+        with _store_errors(rank):
+            claims = run_within(timeout_s, "store", join)
         if claims != 1:
             raise BootstrapError(
                 f"two processes say that they are rank {rank} of {world_size}, or an earlier group "
@@ -292,8 +319,14 @@ class _StoreExchange:
         if self._broken:
             raise BootstrapError(f"this group is unusable since an earlier failure: {self._broken}")
         try:
+            # The store's own answers have no deadline.
+            deadline = time.monotonic() + timeout_s
             with _store_errors(self.rank):
-                return self._all_gather(payload, time.monotonic() + timeout_s, timeout_s)
+                return run_within(
+                    timeout_s + _ANSWER_S,
+                    "store",
+                    lambda: self._all_gather(payload, deadline, timeout_s),
+                )
         except BootstrapError as error:
             self._broken = str(error)
             self._stay_for([])
@@ -340,8 +373,11 @@ def _wait(store: Any, keys: Sequence[str], deadline: float) -> bool:
     remaining = max(deadline - time.monotonic(), 0.001)
     try:
         store.wait(list(keys), timedelta(seconds=remaining))
-    except dist.DistStoreError:
-        return False
+    except RuntimeError as error:
+        # A FileStore has no class of its own for that.
+        if isinstance(error, dist.DistStoreError) or "timeout" in str(error).lower():
+            return False
+        raise
     return True
 
 
@@ -349,11 +385,42 @@ def _wait(store: Any, keys: Sequence[str], deadline: float) -> bool:
 def _store_errors(rank: int) -> Iterator[None]:
     try:
         yield
+    except TimeoutError as error:
+        raise BootstrapError(
+            f"the store that the ranks meet at does not answer rank {rank}; the process that holds "
+            f"it (rank 0, or torchrun) is stuck, or cut off. Start all ranks anew."
+        ) from error
     except dist.DistError as error:
         raise BootstrapError(
             f"rank {rank} lost the store that the ranks meet at; the process that holds it (rank "
             f"0, or torchrun) is gone. Start all ranks anew. ({str(error).splitlines()[0]})"
         ) from error
+
+
+def run_within(timeout_s: float, what: str, call: Callable[[], _T]) -> _T:
+    """What ``call`` returns or raises, for calls that have no deadline of their own.
+
+    Raises:
+        TimeoutError: it has not returned in time. It is left behind, in a thread that ends with the
+            process.
+    """
+    result: list[_T] = []
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name=f"megamoe_ep {what}", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if failure:
+        raise failure[0]
+    if not result:
+        raise TimeoutError(what)
+    return result[0]
 
 
 def _missing_ranks(missing: Sequence[int], rank: int, timeout_s: float) -> str:
@@ -378,6 +445,8 @@ def _exchange_of_torchrun(environment: Mapping[str, str], timeout_s: float) -> _
         ) from error
     if not 0 <= rank < world_size:
         raise BootstrapError(f"RANK must be 0 to WORLD_SIZE - 1; got {rank} of {world_size}.")
+    if not 0 <= port < 1 << 16:
+        raise BootstrapError(f"MASTER_PORT must be 0 to 65535; got {port}.")
     address = environment["MASTER_ADDR"]
     launcher_holds_it = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     holds_it = rank == 0 and not launcher_holds_it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -34,7 +35,7 @@ class BootstrapError(MegaMoEError):
 
 
 class BufferDestroyedError(MegaMoEError):
-    """A SymmBuffer was used after destroy(), or after a failed call left it unusable."""
+    """A SymmBuffer was used after destroy()."""
 
 
 class UnsupportedDeviceError(MegaMoEError):
@@ -43,6 +44,14 @@ class UnsupportedDeviceError(MegaMoEError):
 
 class LibraryError(MegaMoEError):
     """The compiled CUDA library is missing, stale, or does not load."""
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raises ArgumentError unless ``timeout_s`` is a deadline: every wait must end."""
+    if not 0 < timeout_s < math.inf:
+        raise ArgumentError(
+            f"timeout_s must be a positive number of seconds, and finite; got {timeout_s}."
+        )
 
 
 class PeerTimeoutError(MegaMoEError):

@@ -58,6 +58,12 @@ def stage_activation(
     buffer.check()
     shape = buffer.shape
     _check(x, "x", torch.bfloat16, (None, shape.hidden_size), buffer)
+    for name, tensor in (("x", x), ("topk_weights", topk_weights)):
+        if torch.is_grad_enabled() and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            raise ArgumentError(
+                f"{name} must not require a gradient, since the layer has no backward; got one "
+                f"that does. Call the layer under torch.no_grad() or torch.inference_mode()."
+            )
     n = x.shape[0]
     if n > shape.max_num_tokens:
         raise ArgumentError(
@@ -68,8 +74,11 @@ def stage_activation(
     _check(topk_weights, "topk_weights", torch.float32, (n, shape.top_k), buffer)
     if isinstance(num_tokens, torch.Tensor):
         _check(num_tokens, "num_tokens", torch.int32, (1,), buffer)
-    elif num_tokens is not None and not 0 <= num_tokens <= n:
-        raise ArgumentError(f"num_tokens must be 0 to {n}, the rows of x; got {num_tokens}.")
+    elif num_tokens is not None and not (isinstance(num_tokens, int) and 0 <= num_tokens <= n):
+        raise ArgumentError(f"num_tokens must be 0 to {n}, the rows of x; got {num_tokens!r}.")
+    scale = buffer.input_global_scale
+    if scale is not None and shape.activation_format == "nvfp4":
+        _check(scale, "buffer.input_global_scale", torch.float32, (1,), buffer)
     with phase("stage", buffer.device, timer):
         comm_kernels(buffer.device).stage(
             x, topk_idx, topk_weights, buffer, n if num_tokens is None else num_tokens
@@ -108,7 +117,7 @@ def nvfp4_mega_moe(
             leaves h in bf16, as "bf16" format must.
         activation_clamp: bounds gate from above, and up on both sides.
         combine: "exact": the same bits at every EP size; "fast": fewer bytes between ranks, and the
-            same bits from run to run.
+            same bits from run to run. Every rank gives the same.
         cumulative_local_expert_recv_stats: int32 or int64 [L]; the rows that each local expert
             received are added to it.
         timer: measures "dispatch", "l1", "l2" and "combine".
@@ -249,11 +258,6 @@ class MegaMoE(torch.nn.Module):
             own.
     """
 
-    l1_alpha: torch.Tensor
-    l2_alpha: torch.Tensor
-    l2_input_scale: torch.Tensor | None
-    input_global_scale: torch.Tensor | None
-
     def __init__(
         self,
         l1_weights: KernelWeights,
@@ -271,15 +275,21 @@ class MegaMoE(torch.nn.Module):
         self.l1_weights = l1_weights
         self.l2_weights = l2_weights
         self.buffer = buffer
-        # Not in the state dict: the checkpoint on disk is what they come from.
-        self.register_buffer("l1_alpha", l1_alpha, persistent=False)
-        self.register_buffer("l2_alpha", l2_alpha, persistent=False)
-        self.register_buffer("l2_input_scale", l2_input_scale, persistent=False)
-        self.register_buffer("input_global_scale", input_global_scale, persistent=False)
+        # No buffers of the module: what casts or moves a whole model must leave these as they are.
+        self.l1_alpha = l1_alpha
+        self.l2_alpha = l2_alpha
+        self.l2_input_scale = l2_input_scale
+        self.input_global_scale = input_global_scale
         self.activation_clamp = activation_clamp
         self.combine: CombineMode = combine
         self._handle = compiled.register(self)
         self._order = compiled.order_of(buffer)
+
+    def __deepcopy__(self, memo: object) -> MegaMoE:
+        raise ArgumentError(
+            "a MegaMoE cannot be copied: its memory is shared with the other ranks. Make another "
+            "layer with from_checkpoint(..., buffer=layer.buffer)."
+        )
 
     @classmethod
     def from_checkpoint(
@@ -287,8 +297,8 @@ class MegaMoE(torch.nn.Module):
         path: str | Path,
         *,
         layer: int,
-        max_num_tokens: int,
-        top_k: int,
+        max_num_tokens: int | None = None,
+        top_k: int | None = None,
         group: object = None,
         buffer: SymmBuffer | None = None,
         activation_format: ActivationFormat = "nvfp4",
@@ -297,7 +307,8 @@ class MegaMoE(torch.nn.Module):
         device: torch.device | str | None = None,
         timeout_s: float = 60.0,
     ) -> MegaMoE:
-        """Loads a layer from a ModelOpt NVFP4 checkpoint; collective over ``group``.
+        """Loads a layer of an NVFP4 checkpoint, as ModelOpt or compressed-tensors write it;
+        collective over ``group``.
 
         A rank reads the bytes of its own experts only.
 
@@ -307,16 +318,24 @@ class MegaMoE(torch.nn.Module):
             max_num_tokens: the most tokens that one rank brings to one call.
             top_k: expert slots of a token.
             group: what ``Group.of`` takes; None for a lone process.
-            buffer: another layer's of the same shape, to share; ``group`` and the rest are its.
+            buffer: another layer's of the same shape, to share; ``max_num_tokens``, ``top_k``,
+                ``group`` and the rest are its, and left out.
             activation_format, device, timeout_s: see ``get_symm_buffer_for_nvfp4_mega_moe``.
             activation_clamp, combine: see ``nvfp4_mega_moe``.
 
         Raises:
             CheckpointError: a tensor is missing, truncated or mis-shaped; the message names it.
-            ArgumentError: ``buffer`` is of another shape than the layer.
+            ArgumentError: ``buffer`` is of another shape than the layer or what is given beside it;
+                or neither it nor ``max_num_tokens`` and ``top_k`` are given.
         """
         size = weight_files.describe_layer(path, layer)
+        shared = buffer is not None
         if buffer is None:
+            if max_num_tokens is None or top_k is None:
+                raise ArgumentError(
+                    f"max_num_tokens and top_k must be given, unless buffer is; got "
+                    f"{max_num_tokens} and {top_k}."
+                )
             buffer = get_symm_buffer_for_nvfp4_mega_moe(
                 group,
                 size.num_experts,
@@ -329,20 +348,26 @@ class MegaMoE(torch.nn.Module):
                 timeout_s=timeout_s,
             )
         shape = buffer.shape
-        if (shape.num_experts, shape.hidden_size, shape.intermediate_size) != (
-            size.num_experts,
-            size.hidden_size,
-            size.intermediate_size,
+        wanted = {**size._asdict(), "max_num_tokens": max_num_tokens, "top_k": top_k}
+        if any(
+            getattr(shape, name) != value for name, value in wanted.items() if value is not None
         ):
             raise ArgumentError(
-                f"buffer must be of the layer's shape, {size}; got one of {shape}. Share a buffer "
+                f"buffer must be of the layer's shape, {wanted}; got one of {shape}. Share one "
                 f"among layers of one shape only, or leave it out."
             )
         start = buffer.experts_start_idx
-        experts = weight_files.read_modelopt_experts(
-            path, layer, range(start, start + shape.experts_per_rank), device=buffer.device
-        )
-        return cls.from_experts(experts, buffer, activation_clamp=activation_clamp, combine=combine)
+        try:
+            experts = weight_files.read_modelopt_experts(
+                path, layer, range(start, start + shape.experts_per_rank), device=buffer.device
+            )
+            return cls.from_experts(
+                experts, buffer, activation_clamp=activation_clamp, combine=combine
+            )
+        except BaseException as error:
+            if not shared:
+                buffer.__exit__(type(error), error, error.__traceback__)
+            raise
 
     @classmethod
     def from_experts(
@@ -361,7 +386,8 @@ class MegaMoE(torch.nn.Module):
         ranks serves all of them.
 
         Raises:
-            LayerMismatchError: some ranks' experts have static input scales and others' have not.
+            LayerMismatchError: some ranks' experts have static input scales and others' have not,
+                or the ranks gave different ``activation_clamp`` or ``combine``.
         """
         device = buffer.device
         in_nvfp4 = buffer.shape.activation_format == "nvfp4" and experts.w2_input_scale is not None
@@ -373,9 +399,18 @@ class MegaMoE(torch.nn.Module):
         )
         input_global_scale, l2_input_scale = None, None
         l2_alpha = experts.w2_scale_2.to(device)
+        mine = experts.w13_input_scale
+        said = buffer.group.all_gather_object(
+            (combine, activation_clamp, None if mine is None else float(mine.max())),
+            timeout_s=buffer.timeout_s,
+        )
+        scales = [scale for *_, scale in said]
+        if any(others[:2] != said[0][:2] for others in said):
+            raise LayerMismatchError(
+                f"every rank must give the same combine and activation_clamp; got "
+                f"{ {rank: others[:2] for rank, others in enumerate(said)} } by rank."
+            )
         if buffer.shape.activation_format == "nvfp4":
-            mine = experts.w13_input_scale
-            scales = buffer.group.all_gather_object(None if mine is None else float(mine.max()))
             if any((scale is None) != (scales[0] is None) for scale in scales):
                 raise LayerMismatchError(
                     f"either all ranks' experts have a static input scale or none; got the largest "

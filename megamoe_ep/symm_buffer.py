@@ -14,6 +14,7 @@ from megamoe_ep.errors import (
     HeapTooSmallError,
     LayerMismatchError,
     PeerTimeoutError,
+    check_timeout,
 )
 from megamoe_ep.heap import Heap, open_heap
 from megamoe_ep.kernels import allocate_scratch, open_kernel_state
@@ -104,8 +105,11 @@ class SymmBuffer:
         timeout_s: float = 60.0,
         comm_sms: int | None = None,
     ) -> None:
-        if not timeout_s > 0:
-            raise ArgumentError(f"timeout_s must be a positive number of seconds; got {timeout_s}.")
+        check_timeout(timeout_s)
+        if comm_sms is not None and comm_sms < 1:
+            raise ArgumentError(
+                f"comm_sms must be at least 1, or None for all SMs; got {comm_sms}."
+            )
         if shape.world_size != group.world_size:
             raise ArgumentError(
                 f"shape.world_size must be the size of group, {group.world_size}; "
@@ -114,7 +118,7 @@ class SymmBuffer:
         self.group = group
         self.shape = shape
         self.rank = group.rank
-        self.device = torch.device(device) if device is not None else group.device
+        self.device = group.device if device is None else group.device_of(device)
         self.timeout_s = float(timeout_s)
         self.experts_start_idx = self.rank * shape.experts_per_rank
         self.input_global_scale: torch.Tensor | None = None
@@ -142,8 +146,9 @@ class SymmBuffer:
             self._heap.fence()
             # A peer may write here as soon as it is through this barrier: not before the zeroing.
             self._heap.barrier()
-        except BaseException:
-            self._failed = True
+        except BaseException as error:
+            # What does not fit is told to every rank.
+            self._failed = not isinstance(error, HeapTooSmallError)
             self.destroy()
             raise
 
@@ -174,7 +179,7 @@ class SymmBuffer:
 
     def _check_agreement(self) -> None:
         mine = {**asdict(self.shape), "device type": self.device.type, "timeout_s": self.timeout_s}
-        everyone = self.group.all_gather_object(mine)
+        everyone = self.group.all_gather_object(mine, timeout_s=self.timeout_s)
         for name in mine:
             values = [other[name] for other in everyone]
             if any(value != values[0] for value in values):
@@ -205,7 +210,8 @@ class SymmBuffer:
         local = self.__dict__.get("local")
         if local is not None and hasattr(local, name):
             return cast(torch.Tensor, getattr(local, name))
-        raise AttributeError(f"SymmBuffer has no attribute {name!r}")
+        gone = "" if local is not None else "; its memory was given back by destroy()"
+        raise AttributeError(f"SymmBuffer has no attribute {name!r}{gone}")
 
     def fence(self) -> None:
         """Orders this rank's stores before it against those after it, for every rank's eyes."""
@@ -272,6 +278,11 @@ class SymmBuffer:
         self.__dict__.pop("buffer", None)
         if heap is not None:
             heap.free(together=not self._failed)
+        # Kernels of a call may still be at work on it.
+        if self.device.type == "cuda" and "workspace" in self.__dict__:
+            torch.cuda.synchronize(self.device)
+        self.__dict__.pop("workspace", None)
+        self.kernel_state = None
 
     def __enter__(self) -> SymmBuffer:
         return self

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -95,15 +95,24 @@ def transform_weights_for_nvfp4_mega_moe(
         layout: None takes the fastest that ``device`` has kernels for. Those of csrc serve sizes
             that are multiples of ``prepack``'s SIZE_MULTIPLE (128 on Hopper); others are left
             "portable", with a warning.
+        nvfp4_activations: rows come in NVFP4 and h is to be requantised with a static scale, as
+            csrc's kernels for Blackwell demand; where that is False they leave the layer to the
+            portable ones. Hopper's serve both.
 
     Returns:
         Weights of L1 and of L2. In "portable" layout they share memory with the arguments that are
         on ``device`` already.
 
     Raises:
-        ArgumentError: a tensor has another dtype or shape than said here.
+        ArgumentError: a tensor has another dtype or shape than said here, or there is no such
+            layout.
         UnsupportedDeviceError: ``device`` is neither a CPU nor a CUDA GPU.
     """
+    if layout is not None and layout not in get_args(WeightLayout):
+        raise ArgumentError(
+            f"layout must be one of {', '.join(map(repr, get_args(WeightLayout)))}, or None; got "
+            f"{layout!r}."
+        )
     _check_matrix(*l1, "l1")
     _check_matrix(*l2, "l2")
     experts, n1, _ = l1[0].shape
@@ -356,6 +365,7 @@ def write_modelopt_checkpoint(
         file = _SINGLE_FILE if num_files == 1 else f"model-{i + 1:05}-of-{num_files:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
+    (folder / _INDEX_FILE).unlink(missing_ok=True)
     if num_files > 1:
         nbytes = sum((folder / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
@@ -623,9 +633,9 @@ def _version(file: Path) -> tuple[int, int]:
     """Time of the last change, and size in bytes."""
     try:
         status = file.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # there can be none of that name
         raise CheckpointError(
-            f"file '{file}' is missing, though the checkpoint's index names it."
+            f"file {str(file)!r} is missing, though the checkpoint's index names it."
         ) from None
     return status.st_mtime_ns, status.st_size
 
@@ -686,7 +696,9 @@ def _header(file: Path, _changed: int, nbytes: int) -> Mapping[str, _Entry]:
             )
             for name, about in described.items()
         }
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise CheckpointError(
             f"'{file}' must be a safetensors file; its header cannot be read: {error!r}. Is it "
             f"truncated, or a pointer of git-lfs?"

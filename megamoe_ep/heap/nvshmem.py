@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from megamoe_ep.bootstrap import Group, Place
+from megamoe_ep.bootstrap import Group, Place, run_within
 from megamoe_ep.errors import BootstrapError, HeapError, HeapTooSmallError
 
 _log = logging.getLogger(__name__)
@@ -372,25 +371,16 @@ def _within(timeout_s: float, device: torch.device, what: str, call: Callable[[]
         HeapError: it did not return in time. It is left running: this process is of no more use to
             NVSHMEM, but keeps its GPU context and can end in order.
     """
-    result: list[_T] = []
-    failure: list[Exception] = []
 
-    def run() -> None:
-        try:
-            torch.cuda.set_device(device)
-            result.append(call())
-        except Exception as error:
-            failure.append(error)
+    def on_device() -> _T:
+        torch.cuda.set_device(device)
+        return call()
 
-    thread = threading.Thread(target=run, name=f"nvshmem {what}", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if failure:
-        raise failure[0]
-    if not result:
+    try:
+        return run_within(timeout_s, f"nvshmem {what}", on_device)
+    except TimeoutError as error:
         raise HeapError(
             f"NVSHMEM's {what} did not end within timeout_s={timeout_s:g}: a rank died meanwhile, "
             f"or GPUs cannot reach one another; look at the ranks' logs (NVSHMEM_DEBUG=INFO tells "
             f"more), and start all of them anew."
-        )
-    return result[0]
+        ) from error

@@ -67,8 +67,6 @@ def comm_kernels(device: torch.device) -> ModuleType:
 
 def open_kernel_state(buffer: SymmBuffer, comm_sms: int | None) -> KernelState | None:
     """What the kernels for ``buffer`` keep for it; None where they keep nothing."""
-    if comm_sms is not None and comm_sms < 1:
-        raise ArgumentError(f"comm_sms must be at least 1, or None for all SMs; got {comm_sms}.")
     module = comm_kernels(buffer.device)
     if not hasattr(module, "open_state"):
         return None

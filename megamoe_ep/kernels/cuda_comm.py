@@ -137,19 +137,11 @@ def stage(
     """See ``portable.stage``. ``num_tokens`` on the device is clamped to the rows of ``x``.
 
     Raises:
-        ArgumentError: ``x`` does not start at a multiple of 16 bytes, or the buffer's static scale
-            is not fp32 [1] on its device.
+        ArgumentError: ``x`` does not start at a multiple of 16 bytes.
     """
     state = _state(buffer)
     _check_alignment(x, "x")
     scale = buffer.input_global_scale
-    if scale is not None and (
-        scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != buffer.device
-    ):
-        raise ArgumentError(
-            f"input_global_scale must be fp32 [1] on {buffer.device}; got {scale.dtype} "
-            f"{list(scale.shape)} on {scale.device}."
-        )
     on_device = isinstance(num_tokens, torch.Tensor)
     state.functions.comm_stage(
         state.view,

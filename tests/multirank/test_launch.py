@@ -69,6 +69,48 @@ def test_rank_zero_serves_on_loopback_when_no_launcher_does():
     assert found[0]["parts"] == found[1]["parts"] == [1, 2]
 
 
+def test_a_store_that_does_not_answer_is_not_waited_for():
+    """Rank 0 holds it, and is stopped rather than dead: its connections stay open."""
+    body = (
+        "import sys, time\n"
+        "from megamoe_ep.bootstrap import Group\n"
+        "from megamoe_ep.errors import BootstrapError\n"
+        "group = Group.from_environment(device='cpu', timeout_s=1)\n"
+        "print('met', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "began = time.monotonic()\n"
+        "try:\n"
+        "    group.barrier()\n"
+        "except BootstrapError as error:\n"
+        "    print(time.monotonic() - began, error, flush=True)\n"
+    )
+    listener = bootstrap._listen_on_loopback(0)
+    port = str(listener.getsockname()[1])
+    listener.close()
+    said = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", body], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **_path(), **said, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "met\n"
+        ranks[0].send_signal(signal.SIGSTOP)
+        output, _ = ranks[1].communicate("go\n", timeout=30)
+        seconds, sentence = output.split(maxsplit=1)
+        assert float(seconds) < 6
+        assert "the store that the ranks meet at does not answer rank 1" in sentence
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("step", ["group", "heap", "end"])
 @pytest.mark.parametrize("fate", ["die", "absent"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -17,6 +18,7 @@ from megamoe_ep.errors import (
     ArgumentError,
     BufferDestroyedError,
     HeapTooSmallError,
+    LayerMismatchError,
     UnsupportedDeviceError,
 )
 from megamoe_ep.shape import LayerShape
@@ -91,6 +93,11 @@ def test_shape_of_another_group_size():
     ("changes", "error", "message"),
     [
         ({"timeout_s": 0.0}, ArgumentError, r"timeout_s must be a positive number .* got 0\.0"),
+        (
+            {"comm_sms": 0},
+            ArgumentError,
+            r"comm_sms must be at least 1, or None for all SMs; got 0",
+        ),
         ({"device": "meta"}, UnsupportedDeviceError, r"device must be 'cpu' or 'cuda'; got 'meta'"),
         (
             {"max_num_tokens": 2**22, "hidden_size": 65536},
@@ -124,6 +131,8 @@ def test_group_of_something_else():
         ("topk_idx", lambda t: t.long(), r"topk_idx must be torch\.int32; got torch\.int64"),
         ("topk_idx", lambda t: t[:2], r"topk_idx must have shape \[3, 2\]; got \[2, 2\]"),
         ("topk_weights", lambda t: t.bfloat16(), r"topk_weights must be torch\.float32; got"),
+        ("x", lambda t: t.requires_grad_(), "x must not require a gradient, since the layer has"),
+        ("topk_weights", lambda t: t.requires_grad_(), "topk_weights must not require a gradient"),
         (
             "topk_weights",
             lambda t: t[:, :1],
@@ -160,6 +169,7 @@ def test_expert_out_of_range(buffer, expert):
         (4, r"num_tokens must be 0 to 3, the rows of x; got 4"),
         (-1, r"num_tokens must be 0 to 3, the rows of x; got -1"),
         (torch.tensor([4], dtype=torch.int32), r"num_tokens must be 0 to 3, .* got 4"),
+        (2.5, r"num_tokens must be 0 to 3, the rows of x; got 2\.5"),
         (torch.tensor([2]), r"num_tokens must be torch\.int32; got torch\.int64"),
         (torch.tensor(2, dtype=torch.int32), r"num_tokens must have shape \[1\]; got \[\]"),
     ],
@@ -167,6 +177,13 @@ def test_expert_out_of_range(buffer, expert):
 def test_num_tokens(buffer, num_tokens, message):
     with pytest.raises(ArgumentError, match=message):
         stage_activation(**tokens(), buffer=buffer, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize("scale", [0.01, torch.ones(5), torch.ones(1, dtype=torch.float64)])
+def test_static_scale(buffer, scale):
+    buffer.input_global_scale = scale
+    with pytest.raises(ArgumentError, match=r"buffer\.input_global_scale must"):
+        stage_activation(**tokens(), buffer=buffer)
 
 
 # The layer
@@ -348,3 +365,32 @@ def test_rows_past_num_tokens_are_not_written(buffer):
     nvfp4_mega_moe(**arguments, buffer=buffer)
     assert (arguments["y"][2:] == 7).all()
     assert not (arguments["y"][:2] == 7).all(1).any()
+
+
+def test_ranks_that_combine_differently(buffer, monkeypatch):
+    others = [("exact", None, None), ("fast", None, None)]
+    monkeypatch.setattr(buffer.group, "all_gather_object", lambda mine, timeout_s: others)
+    with pytest.raises(LayerMismatchError, match="every rank must give the same combine and activ"):
+        MegaMoE.from_experts(random_experts(E, H, I), buffer)
+
+
+def test_a_copy_of_a_layer(buffer):
+    layer = MegaMoE.from_experts(random_experts(E, H, I), buffer)
+    with pytest.raises(ArgumentError, match="a MegaMoE cannot be copied"):
+        copy.deepcopy(torch.nn.Sequential(layer))
+
+
+def test_what_is_done_to_a_whole_model_leaves_the_layer_as_it_is(buffer):
+    layer = MegaMoE.from_experts(random_experts(E, H, I), buffer)
+    before = layer(**tokens())
+    torch.nn.Sequential(layer).bfloat16().half().float().to("meta")
+    assert torch.equal(layer(**tokens()), before)
+
+
+def test_nothing_of_the_buffer_after_destroy():
+    made = create()
+    made.destroy()
+    assert made.kernel_state is None
+    for name in ("x", "peers", "workspace"):
+        with pytest.raises(AttributeError, match=f"'{name}'; its memory was given back by destroy"):
+            getattr(made, name)

@@ -33,6 +33,8 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK
         ({"PMIX_RANK": "3"}, "mpirun"),
         # A script that mpirun starts may export torchrun's variables, of the same ranks.
         ({**TORCHRUN, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "4"}, "torchrun"),
+        # srun sets no more than this where PMIx is its default.
+        ({**TORCHRUN, "PMIX_RANK": "3"}, "torchrun"),
         # One torchrun agent per machine, started by mpirun.
         ({**TORCHRUN, **OPEN_MPI, "TORCHELASTIC_RUN_ID": "x"}, "torchrun"),
     ],
@@ -58,6 +60,7 @@ def test_contradictions_are_errors(environment, message):
     ("change", "message"),
     [
         ({"RANK": "4"}, "RANK must be 0 to WORLD_SIZE - 1; got 4 of 4"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT must be 0 to 65535; got 99999"),
         ({"RANK": "one"}, "must be whole numbers; got 'one'"),
         ({"MASTER_PORT": "1", "WORLD_SIZE": "2"}, "could not reach the store at MASTER_ADDR=127"),
     ],
@@ -79,16 +82,17 @@ def test_lone_process(monkeypatch):
     assert repr(group) == "Group(rank=0, world_size=1, device=cpu)"
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
 def test_timeout_must_be_positive(timeout_s):
     with pytest.raises(ArgumentError, match="timeout_s must be a positive number"):
         Group.of(None, timeout_s=timeout_s)
 
 
-def test_cuda_without_a_gpu(monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_without_a_gpu(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ArgumentError, match="torch sees no GPU; use device='cpu'"):
-        Group.of(None, device="cuda")
+    with pytest.raises(ArgumentError, match=f"'{device}' was asked for, and torch sees no GPU"):
+        Group.of(None, device=device)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,11 @@ def test_ranks_share_the_gpus_there_are(monkeypatch, environment, computed, inde
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert bootstrap._choose_device(None, computed) == torch.device("cuda", index)
-    assert bootstrap._choose_device("cuda:7", computed) == torch.device("cuda", 7)
-    assert bootstrap._choose_device("cpu", computed) == torch.device("cpu")
+    assert bootstrap._choose_device("cuda", computed) == torch.device("cuda", index)
+    assert bootstrap._choose_device("cuda:1", computed) == torch.device("cuda", 1)
+    assert bootstrap._choose_device("cpu:0", computed) == torch.device("cpu")
+    with pytest.raises(ArgumentError, match=r"one of the 2 GPUs of this machine; got 'cuda:7'"):
+        bootstrap._choose_device("cuda:7", computed)
 
 
 class _Scripted:

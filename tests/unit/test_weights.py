@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megamoe_ep import MegaMoE, nvfp4, reference, transform_weights_for_nvfp4_mega_moe
-from megamoe_ep.errors import ArgumentError, CheckpointError
+from megamoe_ep.errors import ArgumentError, BufferDestroyedError, CheckpointError
 from megamoe_ep.weights import (
     CheckpointExperts,
     LayerSize,
@@ -291,10 +291,10 @@ def test_layers_share_a_buffer(experts, tmp_path):
         tmp_path / "0", layer=0, max_num_tokens=4, top_k=2, device="cpu"
     )
     with first.buffer as buffer:
-        second = MegaMoE.from_checkpoint(
-            tmp_path / "1", layer=1, max_num_tokens=4, top_k=2, buffer=buffer
-        )
+        second = MegaMoE.from_checkpoint(tmp_path / "1", layer=1, buffer=buffer)
         assert second.buffer is first.buffer
+        with pytest.raises(ArgumentError, match=r"'top_k': 3}; got one of .*top_k=2"):
+            MegaMoE.from_checkpoint(tmp_path / "1", layer=1, top_k=3, buffer=buffer)
         x = torch.ones(4, H, dtype=torch.bfloat16)
         ids, weights = torch.tensor([[0, 5]] * 4, dtype=torch.int32), torch.ones(4, 2)
         assert torch.equal(first(x, ids, weights), second(x, ids, weights))
@@ -570,6 +570,29 @@ def test_portable_layout_is_the_checkpoint_s(experts):
     assert l1.codes.data_ptr() == experts.w13.data_ptr(), "copied for nothing"
     assert torch.equal(l2.codes, experts.w2)
     assert l2.scales.shape == (E, H, I // nvfp4.BLOCK)
+
+
+def test_no_such_layout(experts):
+    with pytest.raises(ArgumentError, match=r"layout must be one of 'portable', .* got 'sm75'"):
+        transform_weights_for_nvfp4_mega_moe(
+            (experts.w13, experts.w13_scale), (experts.w2, experts.w2_scale), layout="sm75"
+        )
+
+
+def test_a_buffer_of_its_own_goes_with_the_layer_that_cannot_be_made(folder, experts, monkeypatch):
+    with pytest.raises(ArgumentError, match="max_num_tokens and top_k must be given, unless buf"):
+        MegaMoE.from_checkpoint(folder, layer=LAYER, top_k=1, device="cpu")
+    made = []
+
+    def fail(experts, buffer, **options):
+        made.append(buffer)
+        raise CheckpointError("as if")
+
+    monkeypatch.setattr(MegaMoE, "from_experts", fail)
+    with pytest.raises(CheckpointError, match="as if"):
+        MegaMoE.from_checkpoint(folder, layer=LAYER, max_num_tokens=1, top_k=1, device="cpu")
+    with pytest.raises(BufferDestroyedError):
+        made[0].check()
 
 
 @pytest.mark.parametrize(
