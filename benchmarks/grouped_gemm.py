@@ -375,7 +375,12 @@ def measure(meter: Meter, arguments: argparse.Namespace) -> None:
 def main() -> None:
     def list_of(kind: type, allowed: Sequence[str] | None = None) -> Callable[[str], list[Any]]:
         def parse(text: str) -> list[Any]:
-            values = [kind(part) for part in text.split(",")]
+            try:
+                values = [kind(part) for part in text.split(",")]
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"must be numbers with commas between; got {text!r}."
+                ) from None
             if allowed is not None and not set(values) <= set(allowed):
                 raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}; got {text!r}.")
             return values
@@ -395,6 +400,8 @@ def main() -> None:
     if arguments.plot is not None:
         plot(Results.read(arguments.plot), arguments.plot.with_suffix(".png"))
         return
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and torch sees none.")
     if weight_layout(torch.device("cuda")) == "portable":
         parser.error("this GPU has no fast GEMMs here.")
     with ranks("cuda") as meter:

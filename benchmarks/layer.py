@@ -44,13 +44,17 @@ from megamoe_ep.symm_buffer import SymmBuffer
 
 
 def parse_case(text: str) -> Case:
-    shape, tokens, combine, *skew = text.split(":")
-    if shape not in MODELS or combine not in ("exact", "fast"):
+    try:
+        shape, tokens, combine, skew = (*text.split(":"), "1")[:4]
+        case = Case(shape, "weak", int(tokens), combine, float(skew))
+    except ValueError:
+        case = None
+    if case is None or case.model not in MODELS or case.combine not in ("exact", "fast"):
         raise argparse.ArgumentTypeError(
             f"a case must be SHAPE:TOKENS:exact|fast[:SKEW] with a shape of {list(MODELS)}; "
             f"got {text!r}."
         )
-    return Case(shape, "weak", int(tokens), combine, float(skew[0]) if skew else 1.0)
+    return case
 
 
 def kernel_times_us(call: Callable[[], Any], calls: int = 8) -> dict[str, float]:

@@ -647,6 +647,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = document.read_text()
     after = render(before, Data.read(arguments.results), draw)
     if arguments.check:
+        if before != after:
+            print(f"{document} is not what the files of {arguments.results} give: run this again "
+                  f"without --check, and look at what changes.", file=sys.stderr)  # fmt: skip
         return int(before != after)
     if before != after:
         document.write_text(after)

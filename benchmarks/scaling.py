@@ -2,7 +2,7 @@
 
     mpirun -n 2 python benchmarks/scaling.py --models dsv3,flash,pro
     torchrun --nproc-per-node 2 benchmarks/scaling.py --models dsv3 --tokens 64,128 --skews 1,4
-    python benchmarks/scaling.py --device cpu --models tiny --tokens 1,8
+    python benchmarks/scaling.py --device cpu --models tiny --tokens 1,8 --output tiny.json
 
 weak: every rank has the same number of tokens and of experts, whatever the number of ranks.
 strong: the model's experts, and one number of tokens, over all ranks together.
@@ -40,7 +40,12 @@ FOLDER = Path(__file__).parent / "results"
 
 def list_of(kind: type, allowed: tuple[str, ...] | None = None) -> Any:
     def parse(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",")]
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be numbers with commas between; got {text!r}."
+            ) from None
         if allowed is not None and not set(values) <= set(allowed):
             raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}; got {text!r}.")
         return values
@@ -78,7 +83,11 @@ def main() -> None:
     )
     parser.add_argument("--calls", type=int, default=CALLS, help="of which the median is taken")
     parser.add_argument("--budget", type=float, help="seconds; points past it are left out")
-    parser.add_argument("--output", type=Path, help="JSON file; default: in benchmarks/results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON file; default: in benchmarks/results, and none for portable kernels",
+    )
     arguments = parser.parse_args()
     with ranks(arguments.device) as meter:
         measure(meter, arguments)
@@ -89,7 +98,9 @@ def measure(meter: Meter, arguments: argparse.Namespace) -> None:
     group = meter.group
     ceilings = measure_ceilings(meter)
     results = Results("scaling", machine(meter) | {"calls": arguments.calls}, ceilings)
-    path = arguments.output or FOLDER / results.file_name()
+    path = arguments.output
+    if path is None and results.machine["kernels"] != "portable":
+        path = FOLDER / results.file_name()
     weights: LayerWeights | None = None
     weights_of: tuple[str, int] | None = None
     todo = cases(arguments)
@@ -109,7 +120,7 @@ def measure(meter: Meter, arguments: argparse.Namespace) -> None:
         )
         results.rows.append(row)
         say(meter, row)
-        if group.rank == 0:
+        if group.rank == 0 and path is not None:
             results.write(path)
 
 

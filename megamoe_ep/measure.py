@@ -237,7 +237,16 @@ def route(
     num_tokens: int, num_experts: int, top_k: int, skew: float, draw: torch.Generator
 ) -> torch.Tensor:
     """Distinct experts of each token, int32 [n, K]: uniform, but for expert 0 with ``skew`` times
-    the mean rows (or all tokens, if that is less)."""
+    the mean rows (or all tokens, if that is less).
+
+    Raises:
+        ArgumentError: there are fewer experts than slots.
+    """
+    if top_k > num_experts:
+        raise ArgumentError(
+            f"top_k must be at most the number of experts, where a token's are to be distinct; got "
+            f"{top_k} of {num_experts}."
+        )
     scores = torch.rand(num_tokens, num_experts, generator=draw, device=draw.device)
     if skew != 1:
         often = min(1.0, skew * top_k / num_experts)

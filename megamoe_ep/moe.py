@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megamoe_ep.shape import ActivationFormat
 
 CombineMode = Literal["exact", "fast"]
+_ALIGNMENT = 16
 
 
 def stage_activation(
@@ -241,6 +242,12 @@ def _check(
         raise ArgumentError(
             f"{name} must be contiguous; got strides {list(tensor.stride())} for shape "
             f"{list(tensor.shape)}. Call .contiguous() on it."
+        )
+    # Kernels read and write rows so many bytes at a time.
+    if dtype == torch.bfloat16 and tensor.data_ptr() % _ALIGNMENT:
+        raise ArgumentError(
+            f"{name} must start at a multiple of {_ALIGNMENT} bytes; got a view that starts at "
+            f"{tensor.data_ptr() % _ALIGNMENT} bytes past one. Call .clone() on it."
         )
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from megamoe_ep import nvfp4
 from megamoe_ep.errors import ArgumentError, CheckpointError
 from megamoe_ep.kernels import WeightLayout, weight_layout
+from megamoe_ep.prepack import MAX_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def transform_weights_for_nvfp4_mega_moe(
         l2: codes uint8 [L, H, I/2] and block scales float8_e4m3fn [L, H, I/16].
         device: where the layer will run; None: where ``l1``'s codes are.
         layout: None takes the fastest that ``device`` has kernels for. Those of csrc serve sizes
-            that are multiples of ``prepack``'s SIZE_MULTIPLE (128 on Hopper); others are left
-            "portable", with a warning.
+            that are multiples of ``prepack``'s SIZE_MULTIPLE (128 on Hopper), and at most its
+            MAX_EXPERTS of a rank; others are left "portable", with a warning.
         nvfp4_activations: rows come in NVFP4 and h is to be requantised with a static scale, as
             csrc's kernels for Blackwell demand; where that is False they leave the layer to the
             portable ones. Hopper's serve both.
@@ -124,12 +125,12 @@ def transform_weights_for_nvfp4_mega_moe(
         )
     target = torch.device(device) if device is not None else l1[0].device
     if layout is None:
-        layout = _layout_for(target, hidden, intermediate, nvfp4_activations)
+        layout = _layout_for(target, experts, hidden, intermediate, nvfp4_activations)
     return _to_layout(*l1, target, layout, gated=True), _to_layout(*l2, target, layout, gated=False)
 
 
 def _layout_for(
-    device: torch.device, hidden: int, intermediate: int, nvfp4_activations: bool
+    device: torch.device, experts: int, hidden: int, intermediate: int, nvfp4_activations: bool
 ) -> WeightLayout:
     layout = weight_layout(device)
     if layout == "portable":
@@ -140,6 +141,8 @@ def _layout_for(
             f"csrc's need a hidden and an intermediate size that are multiples of {multiple}; got "
             f"{hidden} and {intermediate}"
         )
+    elif experts > MAX_EXPERTS:
+        why = f"csrc's serve at most {MAX_EXPERTS} experts of a rank; got {experts}"
     elif layout == "sm100" and not nvfp4_activations:
         why = "csrc's for Blackwell need 'nvfp4' activations and a static scale for h"
     else:

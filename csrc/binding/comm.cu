@@ -25,7 +25,8 @@ constexpr int64_t kCountHere = 4096;
 class Launcher {
  public:
   Launcher(const View& v, int64_t stream)
-      : current_(static_cast<int>(v.device)),
+      : device_(static_cast<int>(v.device)),
+        current_(device_),
         blocks_(static_cast<unsigned>(v.blocks)),
         stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
@@ -34,9 +35,10 @@ class Launcher {
            Arguments... arguments) const {
     const void* function = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
-      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
-            name);
+      // The most, whatever this call needs: the limit is the function's, and threads launch at once.
+      int most = 0;
+      check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), name);
+      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
     }
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -52,6 +54,7 @@ class Launcher {
   }
 
  private:
+  int device_;
   CurrentDevice current_;
   unsigned blocks_;
   cudaStream_t stream_;

@@ -52,9 +52,9 @@ void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device
                           map_tokens(tokens, all_rows, problem.k, 32),
                           map_tokens(tokens, all_rows, problem.k, 64)};
   const auto kernel = grouped_gemm<Cut, kGated>;
-  const int bytes = shared_bytes<Cut>(problem.experts);
+  // The most, whatever this call needs: the limit is the function's, and threads may launch at once.
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<Cut>()),
         "grouped_gemm's shared memory");
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -62,7 +62,7 @@ void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_sms(device)));
   config.blockDim = dim3(kThreads<Cut>);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes<Cut>(problem.experts));
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;

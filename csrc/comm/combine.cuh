@@ -257,6 +257,28 @@ __device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
   }
 }
 
+// NaN where sum_tokens<..., kPieces, ...> of this block would put sums: other blocks may see the call
+// succeed.
+template <int kPieces>
+__device__ __forceinline__ void fill_with_nan(const View& v, char* y, int n) {
+  constexpr uint32_t kNans = 0x7fc07fc0;
+  const int lane = threadIdx.x % 32;
+  const int row_bytes = static_cast<int>(v.home_bytes());
+  const int pieces = row_bytes / 16;
+  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const Shares shares(n, parts);
+  for (int share = shares.begin; share < shares.end; ++share) {
+    char* row = y + static_cast<int64_t>(share / shares.of_row) * row_bytes;
+    for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
+#pragma unroll 1
+      for (int i = 0; i < kPieces; ++i) {
+        const int piece = (part * kPieces + i) * 32 + lane;
+        if (piece < pieces) store_16(row + piece * 16, {kNans, kNans, kNans, kNans});
+      }
+    }
+  }
+}
+
 template <bool kExact>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_sum(const __grid_constant__ View v, char* y, int y_rows) {
@@ -268,11 +290,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool ok = !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, call, shared);
   if (!ok) {
     // No part of y may pass for a result.
-    const int64_t pieces = n * v.home_bytes() / 16;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pieces;
-         i += static_cast<int64_t>(gridDim.x) * kThreads) {
-      store_16(y + i * 16, {0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u});
-    }
+    fill_with_nan<2>(v, y, n);
     return;
   }
   sum_tokens<kExact, 2, 3>(v, y, n);

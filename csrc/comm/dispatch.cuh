@@ -327,7 +327,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   int* entry = total + experts;
   constexpr int kPieces = 4;  // of 8 elements, 16 bytes of a row, a lane in flight
 
-  let_next_kernel_start();
   wait_for_previous_kernel();
   const uint64_t call = current_call(v);
   bool ok = !call_failed(v);
@@ -342,6 +341,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return;
   }
+  // Not before all ranks are here: the GEMM would lie in wait on SMs that other streams may want.
+  let_next_kernel_start();
   if (!count_here) read_counts(v, v.dispatch_flags, prefix);
 #pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) next[e] = total[e] = 0;

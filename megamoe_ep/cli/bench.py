@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,20 +29,24 @@ JOB_TIMEOUT_S = 3600.0
 FAST = ("dsv3", "1,8,64,128,512,2048,8192")
 SLOW = ("tiny", "1,8,64")
 PORTABLE_CALLS = 5  # of which the median is taken; they vary less than they cost
-MAX_WIDTH = 160
+TABLE_WIDTH = 22, 17  # columns that the names take and, at most, each number of tokens
 
 
 def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="dsv3, flash, pro, qwen3-235b or tiny; or HIDDEN/INTERMEDIATE/EXPERTS/TOP_K, with "
-            f"the experts of one rank. Not said: {FAST[0]}, and {SLOW[0]} on portable kernels."
+            help="dsv3, flash, pro, qwen3-235b or tiny; or hidden size, intermediate size, experts "
+            "of one rank and top-k with slashes between, as 7168/2048/32/8. Not said: "
+            f"{FAST[0]}, and {SLOW[0]} on portable kernels."
         ),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help=f"Tokens of each rank, as {FAST[1]}; on portable kernels {SLOW[1]}."),
+        typer.Option(
+            help="Tokens of each rank, with commas between. Not said: "
+            f"{FAST[1].replace(',', ', ')}; on portable kernels {SLOW[1].replace(',', ', ')}."
+        ),
     ] = None,
     combine: Annotated[
         str, typer.Option(help="exact: the same bits at every number of ranks. fast: fewer bytes.")
@@ -120,7 +125,11 @@ class Options:
             from megamoe_ep.measure import model_shape
 
             model_shape(self.shape)
-        if self.json is not None and not self.json.absolute().parent.is_dir():
+        if not math.isfinite(self.skew):
+            raise ArgumentError(f"--skew must be a finite number; got {self.skew:g}.")
+        if self.json is not None and (
+            self.json.is_dir() or not self.json.absolute().parent.is_dir()
+        ):
             raise ArgumentError(f"--json must be a file in a folder that exists; got {self.json}.")
         if self.plot is not None:
             check_plot(self.plot)
@@ -158,7 +167,12 @@ def _start(options: Options) -> int:
     gpus = torch.cuda.device_count() if group.device.type == "cuda" else 0
     world_size = options.ranks or max(gpus, 1)
     for case in options.cases(portable=weight_layout(group.device) == "portable"):
-        case.shape(world_size)
+        shape = case.shape(world_size)
+        if shape.top_k > shape.num_experts:
+            raise ArgumentError(
+                f"--shape must have a top-k of at most its {shape.num_experts} experts on "
+                f"{world_size} rank(s); got {shape.top_k}."
+            )
     codes = spawn_ranks(
         [sys.executable, "-m", "megamoe_ep.cli", *options.argv()],
         world_size,
@@ -267,7 +281,6 @@ def _time_rival(
 
 def _tell(results: Results, options: Options) -> None:
     out = console()
-    out.width = max(out.width, min(MAX_WIDTH, 30 + 18 * len(results.rows)))
     about, first = results.machine, results.rows[0]
     out.print(
         f"{first['shape']} on {about['device']}, {about['ranks']} rank(s), {first['experts']} "
@@ -283,7 +296,10 @@ def _tell(results: Results, options: Options) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    out.print(_table(results))
+    names, each = TABLE_WIDTH
+    at_once = max(1, (out.width - names) // each)
+    for first_column in range(0, len(results.rows), at_once):
+        out.print(_table(results.rows[first_column : first_column + at_once]))
     for row in results.rows:
         for name, why in row["rivals_failed"].items():
             out.print(f"{name}, {row['tokens']} tokens: {why}", highlight=False, soft_wrap=True)
@@ -295,12 +311,11 @@ def _tell(results: Results, options: Options) -> None:
         out.print(f"latency over tokens: {options.plot}", highlight=False, soft_wrap=True)
 
 
-def _table(results: Results) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     from megamoe_ep.roofline import PHASES
 
-    rows = results.rows
     table = Table(
         caption="us; phases with their floor in brackets; of others, how many times ours they take"
     )

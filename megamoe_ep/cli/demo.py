@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast, get_args
 
 import typer
 
-from megamoe_ep.cli.report import bytes_text, check_plot, console, errors_end_the_command
+from megamoe_ep.cli.report import (
+    bytes_text,
+    check_plot,
+    check_timeout_option,
+    console,
+    errors_end_the_command,
+)
 from megamoe_ep.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -44,7 +50,10 @@ def demo(
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="ModelOpt NVFP4 safetensors file or folder; else one is made up."),
+        typer.Option(
+            help="NVFP4 checkpoint of ModelOpt or compressed-tensors, a safetensors file or a "
+            "folder; else one is made up."
+        ),
     ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Layer of the checkpoint, by its index in the model.", min=0)
@@ -110,10 +119,7 @@ class Options:
             )
         if self.combine not in get_args(CombineMode):
             raise ArgumentError(f"--combine must be exact or fast; got {self.combine!r}.")
-        if not self.timeout > 0:
-            raise ArgumentError(
-                f"--timeout must be a positive number of seconds; got {self.timeout:g}."
-            )
+        check_timeout_option(self.timeout)
         if self.device not in (None, "cpu", "cuda"):
             raise ArgumentError(f"--device must be cpu or cuda; got {self.device!r}.")
         if self.plot is not None:
@@ -225,6 +231,11 @@ def _run(options: Options, group: Group) -> int:
         return 0 if group.broadcast_object(right, timeout_s=JOB_TIMEOUT_S) else 1
 
 
+def made_up_experts(top_k: int, world_size: int) -> int:
+    """How many a made-up layer has: as many on each rank."""
+    return -(-max(MIN_EXPERTS, top_k) // world_size) * world_size
+
+
 def layer_shape(options: Options, world_size: int) -> LayerShape:
     """Of the checkpoint's layer, or of the one that is made up."""
     from megamoe_ep.shape import LayerShape
@@ -233,8 +244,7 @@ def layer_shape(options: Options, world_size: int) -> LayerShape:
     if options.checkpoint is not None and options.layer is not None:
         size = describe_layer(options.checkpoint, options.layer)
     else:
-        experts = max(MIN_EXPERTS, options.top_k)
-        size = LayerSize(-(-experts // world_size) * world_size, HIDDEN, INTERMEDIATE)
+        size = LayerSize(made_up_experts(options.top_k, world_size), HIDDEN, INTERMEDIATE)
     if options.top_k > size.num_experts:
         raise ArgumentError(
             f"--top-k must be at most the layer's {size.num_experts} experts; got {options.top_k}."

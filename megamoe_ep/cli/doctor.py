@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megamoe_ep.cli.demo import DEFAULT_RANKS, HIDDEN, INTERMEDIATE, MIN_EXPERTS
-from megamoe_ep.cli.report import bytes_text, console, errors_end_the_command
+from megamoe_ep.cli.demo import DEFAULT_RANKS, HIDDEN, INTERMEDIATE, MIN_EXPERTS, made_up_experts
+from megamoe_ep.cli.report import (
+    bytes_text,
+    check_timeout_option,
+    console,
+    errors_end_the_command,
+)
 from megamoe_ep.errors import ArgumentError, MegaMoEError
 
 if TYPE_CHECKING:
@@ -45,11 +50,15 @@ def doctor(
         int | None,
         typer.Option(help=f"Ranks on this machine; one for each GPU, or {DEFAULT_RANKS}.", min=1),
     ] = None,
-    experts: Annotated[int, typer.Option(help="Experts of the layer, over all ranks.")] = (
-        MIN_EXPERTS
-    ),
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Experts of the layer, over all ranks; {MIN_EXPERTS}, or what the ranks divide.",
+            min=1,
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of a rank in one call.")] = 64,
-    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 6,
+    top_k: Annotated[int, typer.Option(help="Experts of a token.", min=1)] = 6,
     hidden: Annotated[int, typer.Option(help="Hidden size of the layer.")] = HIDDEN,
     intermediate: Annotated[int, typer.Option(help="Intermediate size.")] = INTERMEDIATE,
     activation_format: Annotated[str, typer.Option(help="nvfp4 or bf16.")] = "nvfp4",
@@ -67,11 +76,20 @@ def doctor(
 
         if device not in (None, "cpu", "cuda"):
             raise ArgumentError(f"--device must be cpu or cuda; got {device!r}.")
-        if not timeout > 0:
-            raise ArgumentError(f"--timeout must be a positive number of seconds; got {timeout:g}.")
+        check_timeout_option(timeout)
         gpus = torch.cuda.device_count()
         chosen = device or ("cuda" if gpus else "cpu")
         world_size = ranks or (gpus if chosen == "cuda" and gpus else DEFAULT_RANKS)
+        if experts is None:
+            experts = made_up_experts(top_k, world_size)
+        if top_k > experts:
+            raise ArgumentError(
+                f"--top-k must be at most the layer's {experts} experts; got {top_k}."
+            )
+        if experts % world_size:
+            raise ArgumentError(
+                f"--experts must be a multiple of the {world_size} ranks; got {experts}."
+            )
         shape = LayerShape(
             experts, tokens, top_k, hidden, intermediate, world_size,
             activation_format,  # type: ignore[arg-type]  # checked by LayerShape
@@ -288,6 +306,7 @@ def _memory(shape: LayerShape, chosen: str) -> Finding:
     from megamoe_ep.roofline import weight_nbytes
 
     gpus = torch.cuda.device_count()
+    sharing = shape.world_size
     weights = int(weight_nbytes(shape, shape.experts_per_rank))
     each = shape.symmetric_nbytes + shape.workspace_nbytes + weights
     parts = (
@@ -307,7 +326,10 @@ def _memory(shape: LayerShape, chosen: str) -> Finding:
         free = available_memory()
         where = f"{bytes_text(wanted)} for {shape.world_size} rank(s), {bytes_text(free)} free"
     fits = wanted <= free
-    text = f"{parts}; {where}" + ("" if fits else ": too little; lower --tokens")
+    advice = "lower --tokens"
+    if sharing * weights > free:
+        advice = "the weights alone do not fit; use more GPUs or machines, or fewer experts"
+    text = f"{parts}; {where}" + ("" if fits else f": too little; {advice}")
     return Finding("layer", "ok" if fits else "no", text, needed=True)
 
 

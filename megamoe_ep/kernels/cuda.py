@@ -16,13 +16,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import WeightLayout, library
+from megamoe_ep.prepack import MAX_EXPERTS
 from megamoe_ep.weights import KernelWeights
 
 if TYPE_CHECKING:
     from megamoe_ep.shape import LayerShape
     from megamoe_ep.symm_buffer import Workspace
 
-MAX_EXPERTS = 1024  # their offsets lie in shared memory
 FEW_ROWS = 40  # of an expert, from which on the GEMMs are cut for many: docs/performance.md
 _ALIGNMENT = 16  # bytes; TMA takes addresses and copies of no less
 
@@ -104,8 +104,8 @@ def l2(
 ) -> None:
     """See ``portable.l2``.
 
-    ``expert_offsets`` may be read, and ``weights`` are, before the kernel ahead in the stream has
-    ended if that is ``l1``.
+    ``expert_offsets``, ``alpha`` and ``weights`` may be read before the kernel ahead in the stream
+    has ended: what writes them must be done before that one begins.
 
     Raises:
         ArgumentError: ``weights`` are not L2's in layout "sm90", or a tensor has another dtype,

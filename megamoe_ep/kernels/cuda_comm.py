@@ -17,7 +17,6 @@ from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import library
 from megamoe_ep.symm_buffer import SymmBuffer
 
-_ALIGNMENT = 16  # bytes that a thread reads or writes at once
 _BLOCKS_PER_SM = 1  # as many as an SM runs at once would be 2
 
 # csrc/comm/view.cuh: Status and BadInput
@@ -134,13 +133,8 @@ def stage(
     buffer: SymmBuffer,
     num_tokens: int | torch.Tensor,
 ) -> None:
-    """See ``portable.stage``. ``num_tokens`` on the device is clamped to the rows of ``x``.
-
-    Raises:
-        ArgumentError: ``x`` does not start at a multiple of 16 bytes.
-    """
+    """See ``portable.stage``. ``num_tokens`` on the device is clamped to the rows of ``x``."""
     state = _state(buffer)
-    _check_alignment(x, "x")
     scale = buffer.input_global_scale
     on_device = isinstance(num_tokens, torch.Tensor)
     state.functions.comm_stage(
@@ -168,13 +162,8 @@ def dispatch(buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | Non
 
 
 def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
-    """See ``portable.combine``; fills the tokens' rows of ``y`` with NaN where that would raise.
-
-    Raises:
-        ArgumentError: ``y`` does not start at a multiple of 16 bytes.
-    """
+    """See ``portable.combine``; fills the tokens' rows of ``y`` with NaN where that would raise."""
     state = _state(buffer)
-    _check_alignment(y, "y")
     state.functions.comm_combine(
         state.view, combine == "exact", y.data_ptr(), y.shape[0], _stream(buffer)
     )
@@ -209,14 +198,6 @@ def _state(buffer: SymmBuffer) -> CommState:
             "the portable ones."
         )
     return state
-
-
-def _check_alignment(tensor: torch.Tensor, name: str) -> None:
-    if tensor.data_ptr() % _ALIGNMENT:
-        raise ArgumentError(
-            f"{name} must start at a multiple of {_ALIGNMENT} bytes; got a view that starts at "
-            f"{tensor.data_ptr() % _ALIGNMENT} bytes past one. Call .clone() on it."
-        )
 
 
 def _stream(buffer: SymmBuffer) -> int:

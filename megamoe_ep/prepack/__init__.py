@@ -2,3 +2,5 @@
 
 One module per layout, with ``pack`` and its inverse ``unpack``. Plain torch, on any device.
 """
+
+MAX_EXPERTS = 1024  # of one rank: csrc's kernels keep their offsets in shared memory

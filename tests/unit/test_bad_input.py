@@ -57,6 +57,11 @@ def tokens(n=3):
     }
 
 
+def odd(tensor: torch.Tensor) -> torch.Tensor:
+    """As large, and two bytes past a multiple of 16."""
+    return tensor.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape)
+
+
 # Shape of the layer
 
 
@@ -128,6 +133,7 @@ def test_group_of_something_else():
         ("x", lambda t: t.tolist(), r"x must be a tensor; got list"),
         ("x", lambda t: t.t().contiguous().t(), r"x must be contiguous; got strides \[1, 3\]"),
         ("x", lambda t: t.to("meta"), r"x must be on cpu, like buffer; got meta"),
+        ("x", lambda t: odd(t), r"x must start at a multiple of 16 bytes; got a view that starts"),
         ("topk_idx", lambda t: t.long(), r"topk_idx must be torch\.int32; got torch\.int64"),
         ("topk_idx", lambda t: t[:2], r"topk_idx must have shape \[3, 2\]; got \[2, 2\]"),
         ("topk_weights", lambda t: t.bfloat16(), r"topk_weights must be torch\.float32; got"),
@@ -206,6 +212,7 @@ def layer_arguments(buffer, n=3):
         ("y", lambda t: t.float(), r"y must be torch\.bfloat16; got torch\.float32"),
         ("y", lambda t: t[:2], r"y must have a row for each of the 3 staged tokens; got \[2, 64\]"),
         ("y", lambda t: t[:, ::2], r"y must have shape \[n, 64\]; got \[3, 32\]"),
+        ("y", lambda t: odd(t), r"y must start at a multiple of 16 bytes; got a view that starts"),
         (
             "l1_weights",
             lambda w: (w.codes, w.scales),

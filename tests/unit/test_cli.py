@@ -77,8 +77,11 @@ def test_unknown_command(run):
         ),
         (["--layer", "3"], "--checkpoint and --layer must be given together; got None and 3."),
         (["--combine", "sum"], "--combine must be exact or fast; got 'sum'."),
-        (["--timeout", "0"], "--timeout must be a positive number of seconds; got 0."),
-        (["--timeout", "nan"], "--timeout must be a positive number of seconds; got nan."),
+        (["--timeout", "0"], "--timeout must be a positive number of seconds, and finite; got 0."),
+        (
+            ["--timeout", "nan"],
+            "--timeout must be a positive number of seconds, and finite; got nan.",
+        ),
         (["--device", "tpu"], "--device must be cpu or cuda; got 'tpu'."),
         (["--plot", "traffic.pdf"], "--plot must be a file name that ends in .png"),
         (["--plot", "/nonexistent/traffic.png"], "in a folder that exists; got '/nonexistent/tra"),
@@ -305,8 +308,11 @@ def test_doctor_of_a_layer_that_does_not_fit(run, monkeypatch):
     ("arguments", "message"),
     [
         (["--device", "tpu"], "--device must be cpu or cuda; got 'tpu'."),
-        (["--timeout", "-1"], "--timeout must be a positive number of seconds; got -1."),
-        (["--experts", "30"], "got 30 experts on 4 ranks."),
+        (
+            ["--timeout", "-1"],
+            "--timeout must be a positive number of seconds, and finite; got -1.",
+        ),
+        (["--experts", "30"], "--experts must be a multiple of the 4 ranks; got 30."),
         (["--hidden", "100"], "hidden_size must be a multiple of 16"),
         (["--activation-format", "fp8"], "activation_format must be 'nvfp4' or 'bf16'; got 'fp8'."),
     ],

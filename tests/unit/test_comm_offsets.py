@@ -55,6 +55,7 @@ def kernels(tmp_path_factory):
     loaded.run_expand.argtypes = [pointer, number, pointer, number]
     loaded.run_send_home.argtypes = [pointer, number]
     loaded.run_sum.argtypes = [pointer, number, pointer, number]
+    loaded.run_sum_given_up.argtypes = [pointer, pointer, number, number]
     loaded.run_flag_rounds.argtypes = [pointer, pointer, number, number, number]
     return loaded
 
@@ -395,6 +396,29 @@ def test_a_rank_that_waits_for_another_is_excused(kernels) -> None:
     cuda[0].sum(torch.zeros(4, 32).bfloat16(), "fast")
     assert ranks[2].local.abort[0].tolist() == [1, 1, 1, 0, 1 << 2, 0, 0, 0]
     assert ranks[0].local.progress.item() == 1 << 8 | 2
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_no_row_of_a_call_that_some_blocks_see_fail_is_left_as_it_was(kernels, block) -> None:
+    shape = LayerShape(2, 64, 2, 512, 16, 1)
+    (rank,) = ranks_of(shape)
+    cuda = HostKernels(kernels, rank, blocks=4)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 512, generator=draw).bfloat16()
+    ids = torch.randint(0, 2, (64, 2), generator=draw).int()
+    cuda.stage(x, ids, torch.ones(64, 2), 64)
+    cuda.send("exact")
+    cuda.expand(True, torch.zeros(2, dtype=torch.int64))
+    rank.workspace.rows.copy_(torch.randn(rank.workspace.rows.shape, generator=draw))
+    cuda.send_home("exact")
+    expected = torch.zeros_like(x)
+    cuda.sum(expected, "exact")
+    y = torch.full_like(x, 7)
+    cuda._run("run_sum_given_up", y.data_ptr(), 64, block)
+    lost = y.isnan()
+    assert torch.equal(y[~lost], expected[~lost])
+    assert lost.all() == (block == 0)
+    assert lost.any() == (block < 4)
 
 
 def test_ranks_that_wait_for_each_other_are_named_both(kernels) -> None:

@@ -109,7 +109,7 @@ def on_host(
     kernel: ctypes.CDLL, weights: KernelWeights, rows: torch.Tensor, offsets: torch.Tensor,
     alpha: torch.Tensor, *, few: bool, row_scales: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None, clamp: float = math.inf, blocks: int = 3,
-    seed: int = 1,
+    seed: int = 1, slow_producer: int = -1,
 ) -> torch.Tensor:  # fmt: skip
     """One GEMM; checks that it writes every element of its rows and nothing else."""
     columns = weights.n // 2 if weights.gated else weights.n
@@ -122,9 +122,9 @@ def on_host(
         return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
     kernel.grouped_gemm_on_host(
-        weights.gated, few, blocks, seed, at(rows), at(row_scales), at(offsets), at(weights.codes),
-        at(alpha), at(input_scale), ctypes.c_float(clamp), at(out), ctypes.c_int64(len(rows)),
-        experts, weights.n, weights.k,
+        weights.gated, few, blocks, seed, slow_producer, at(rows), at(row_scales), at(offsets),
+        at(weights.codes), at(alpha), at(input_scale), ctypes.c_float(clamp), at(out),
+        ctypes.c_int64(len(rows)), experts, weights.n, weights.k,
     )  # fmt: skip
     poison = whole == POISON
     written = slice(GUARD_ROWS, GUARD_ROWS + count)
@@ -204,6 +204,13 @@ def test_drawn_loads(kernel):
         hidden, inter = 128 * number(1, 3), 128 * number(1, 3)
         how = {"few": case % 8 < 4, "blocks": number(1, 9), "seed": case}
         check(kernel, counts, hidden, inter, ("bf16", "nvfp4")[case % 3 % 2], **how)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize("slow", range(4))
+def test_a_producer_may_be_slow(kernel, slow, few):
+    """By turns of the ring, also one that often has nothing to bring: lone slabs of 128 rows."""
+    check(kernel, (9,), 128, 2560, "bf16", few=few, blocks=1, slow_producer=slow)
 
 
 @pytest.mark.parametrize("between", ["bf16", "nvfp4"])

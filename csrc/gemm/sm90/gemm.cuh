@@ -71,6 +71,8 @@ struct Problem {
 
 template <typename Cut>
 struct Shared {
+  static constexpr int kMostExperts = 1024;  // megamoe_ep/prepack: MAX_EXPERTS
+
   uint8_t ring[Block<Cut>::kRingBytes];
   Staging<Cut> staging[kWarps * Cut::kSlabs];  // of each consumer warp
   Barriers barriers;
@@ -79,9 +81,10 @@ struct Shared {
 };
 
 template <typename Cut>
-MEGAMOE_HD int shared_bytes(int experts) {
+MEGAMOE_HD constexpr int shared_bytes(int experts = Shared<Cut>::kMostExperts) {
   return static_cast<int>(sizeof(Shared<Cut>)) + 8 * (experts + 1);
 }
+static_assert(shared_bytes<Few>() <= 227 * 1024 && shared_bytes<Many>() <= 227 * 1024);
 
 // TMA's 128-byte swizzle repeats every 1024 bytes.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -276,7 +279,9 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps& maps,
     for (int column = 0; column < p.k; column += kStageK) {
       ring.wait_empty();
       const uint32_t full = ring.full();
-      if (warp == 0) arrive_and_expect(full, bytes);
+      // A warp that brings nothing could be a turn of the ring late without anyone waiting for it, and
+      // then take one turn for another. Warp 0 always brings weights, the last two tokens.
+      if (warp == 1) arrive_and_expect(full, bytes);
       if (brings_weights) {
         copy_bulk(ring.stage() + warp * kSlabStageBytes, from, kSlabStageBytes, full, kEvictFirst);
         from += kSlabStageBytes;
@@ -314,6 +319,7 @@ __device__ __forceinline__ void consume(const Problem& p, Ring ring, Walk<Cut> w
     if (warpgroup >= part.slabs) {
       for (int stage = 0; stage < stages; ++stage) {
         ring.wait_full();
+        __syncwarp();  // so that no lane looks a turn of the ring too late
         release(ring.empty());
         ring.advance();
       }
@@ -370,10 +376,12 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     show_barriers();
   }
   // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
-  // done: the offsets are there, the tokens may not be.
+  // done: the offsets are there (in L2, not to be taken from L1), the tokens may not be.
   if constexpr (kGated) wait_for_previous_kernel();
   let_next_kernel_start();
-  for (int e = threadIdx.x; e <= p.experts; e += kThreads<Cut>) offsets[e] = p.offsets[e];
+  for (int e = threadIdx.x; e <= p.experts; e += kThreads<Cut>) {
+    offsets[e] = load_from_l2(p.offsets + e);
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     const int width = plan<Cut>(offsets, first_tiles, p.experts);

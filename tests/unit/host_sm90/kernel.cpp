@@ -19,12 +19,14 @@ void run(const Problem& p, const TokenMaps& maps, int blocks) {
 
 using namespace megamoe::sm90;
 
-// As gemm_sm90_l1 and gemm_sm90_l2 of the library, with row_scales for L1 alone, by so many blocks.
+// As gemm_sm90_l1 and gemm_sm90_l2 of the library, with row_scales for L1 alone, by so many blocks; one
+// producer warp may be slow.
 extern "C" void grouped_gemm_on_host(
-    bool gated, bool few, int blocks, unsigned seed, const uint16_t* rows, const float* row_scales,
+    bool gated, bool few, int blocks, unsigned seed, int slow_producer, const uint16_t* rows, const float* row_scales,
     const int32_t* offsets, const uint8_t* weights, const float* alpha, const float* input_scale,
     float clamp, __nv_bfloat16* out, int64_t all_rows, int experts, int n, int k) {
   dice.seed(seed);
+  slow_warp = slow_producer < 0 ? -1 : 4 * (few ? Few::kSlabs : Many::kSlabs) + slow_producer;
   const Problem problem = {
       weights, offsets, row_scales, {out, gated ? n / 2 : n, alpha, input_scale, clamp}, experts, n, k,
   };
