@@ -3,11 +3,17 @@
 #
 #   launch/mpirun.sh 8 --checkpoint /models/DeepSeek-R1-NVFP4 --layer 3 --tokens 1024
 #
+# In an environment that has megamoe_ep, as .venv after launch/demo.
+#
 # For a program of your own, put it in place of "-m megamoe_ep.cli demo"; in it,
 # Group.from_environment() finds the ranks, as does Group.of(MPI.COMM_WORLD) of mpi4py.
 set -euo pipefail
 
-ranks=${1:?usage: launch/mpirun.sh RANKS [ARGUMENTS OF megamoe-ep demo]}
+ranks=${1:-}
+if ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: launch/mpirun.sh RANKS [ARGUMENTS OF megamoe-ep demo]" >&2
+  exit 2
+fi
 shift
 
 # Ranks may outnumber the cores that Open MPI counts, and then must not be pinned to one each.

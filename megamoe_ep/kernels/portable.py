@@ -226,8 +226,9 @@ def exact_matmul(rows: torch.Tensor, weights: KernelWeights, expert: int) -> tor
 
     A weight is an integer times 2**-10, below 2**21.4 in magnitude. A row is made integer at 30
     bits below its largest magnitude and split into two halves of 15 bits, so that both fp64
-    products are sums of integers below 2**53: exact, in whatever order a BLAS adds. A row that
-    holds NaN or inf gives a row of NaN.
+    products are sums of integers below 2**53: the same in whatever order a BLAS adds, and exact for
+    rows of NVFP4. Of a row of bf16 at large, what is below 2**-31 of its largest magnitude is lost.
+    A row that holds NaN or inf gives a row of NaN.
     """
     codes, scales = weights.codes[expert], weights.scales[expert]
     doubled = (2 * nvfp4.decode_e2m1(nvfp4.unpack(codes))).double()

@@ -105,7 +105,7 @@ def test_slurm_starts_a_rank_for_each_gpu(tmp_path, nodes):
     (tmp_path / "bin").mkdir()
     (tmp_path / "home/megamoe_ep/.venv/bin").mkdir(parents=True)
     (tmp_path / "home/megamoe_ep/.venv/bin/activate").touch()
-    stub(tmp_path / "bin", "srun", 'exec "$@"')
+    stub(tmp_path / "bin", "srun", 'test "$1 $2" = "--cpus-per-task 64" && shift 2 && exec "$@"')
     stub(tmp_path / "bin", "scontrol", 'test "$*" = "show hostnames n[3-4]" && printf "n3\\nn4\\n"')
     stub(tmp_path / "bin", "torchrun", 'printf "%s\\n" "$@"')
     said = subprocess.run(
@@ -116,6 +116,7 @@ def test_slurm_starts_a_rank_for_each_gpu(tmp_path, nodes):
             "SLURM_JOB_NODELIST": "n[3-4]",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_JOB_ID": "77",
+            "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
         },
         capture_output=True,
         text=True,
