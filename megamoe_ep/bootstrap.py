@@ -514,15 +514,18 @@ class _MpiExchange:
         self._gathers = 0
         self._broken = ""
         # A communicator of its own, so that no message of ours meets a receive of the user's.
-        self._communicator, request = communicator.Idup()
         deadline = time.monotonic() + timeout_s
-        while not request.Test():
-            if time.monotonic() > deadline:
-                raise self._give_up(
-                    f"MPI could not duplicate the communicator within timeout_s={timeout_s:g}: "
-                    f"not every one of its {self.world_size} ranks is making the group."
-                )
-            time.sleep(0.001)
+        try:
+            self._communicator, request = communicator.Idup()
+            while not request.Test():
+                if time.monotonic() > deadline:
+                    raise self._give_up(
+                        f"MPI could not duplicate the communicator within timeout_s={timeout_s:g}: "
+                        f"not every one of its {self.world_size} ranks is making the group."
+                    )
+                time.sleep(0.001)
+        except MPI.Exception as error:
+            raise self._give_up(f"MPI reports: {error}; start all ranks anew.") from error
 
     def all_gather(self, payload: bytes, timeout_s: float) -> list[bytes]:
         if self._broken:

@@ -343,6 +343,12 @@ def test_buffer_of_another_layer(buffer, tmp_path):
 # What is not an error
 
 
+def test_bytes_are_known_before_anything_is_allocated(buffer):
+    sizes = {name: size for name, size in SIZES.items() if name != "world_size"}
+    assert SymmBuffer.nbytes_for(1, **sizes) == len(buffer.buffer)
+    assert SymmBuffer.nbytes_for(2, **sizes) > SymmBuffer.nbytes_for(1, **sizes)
+
+
 def test_broken_tokens_stay_alone(buffer):
     given = tokens()
     stage_activation(**given, buffer=buffer)
