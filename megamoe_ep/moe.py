@@ -128,6 +128,7 @@ def nvfp4_mega_moe(
         BufferDestroyedError: the buffer was destroyed.
         PeerTimeoutError: a rank is missing; ``y`` is then not valid. csrc's kernels end in order on
             the GPU, and the next ``buffer.check()`` raises.
+        LayerMismatchError: a rank gave another ``combine``; likewise.
     """
     buffer.check()
     _check_layer(y, l1_weights, l2_weights, buffer, l1_alpha, l2_alpha, l2_input_scale)

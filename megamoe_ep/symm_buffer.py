@@ -58,7 +58,7 @@ class KernelState(Protocol):
     """What kernels that nobody waits for keep for a buffer, and how its host hears of failures."""
 
     def raise_bad_input(self) -> None:
-        """Raises ArgumentError, once, if a kernel came upon a bad input."""
+        """Raises ArgumentError or LayerMismatchError, once, if a kernel came upon a bad input."""
 
     def abort_record(self) -> tuple[int, list[int]] | None:
         """The rank that gave up and its row of ``abort``, if some kernel of this rank saw one."""
@@ -233,6 +233,7 @@ class SymmBuffer:
 
         Raises:
             ArgumentError: a kernel found an input of an earlier call out of range; raised once.
+            LayerMismatchError: likewise, a rank combined in another mode.
             BufferDestroyedError: after ``destroy()``.
             PeerTimeoutError: a rank missed a deadline; the same error every time from then on.
         """

@@ -20,6 +20,18 @@ __device__ __forceinline__ int num_staged(const View& v) {
   return min(max(n, 0), static_cast<int>(v.max_tokens));
 }
 
+// Tells the host of an argument that only the device could look at; the first one counts.
+__device__ __noinline__ void report_bad_input(const View& v, BadInput what, int token, int slot,
+                                              int value) {
+  if (atomicExch(View::local<uint32_t>(v.latches) + kBadFound, 1u)) return;
+  uint64_t* status = View::local<uint64_t>(v.status);
+  store_relaxed_sys(status + kBadToken, static_cast<uint64_t>(token));
+  store_relaxed_sys(status + kBadSlot, static_cast<uint64_t>(slot));
+  store_relaxed_sys(status + kBadValue, static_cast<uint64_t>(static_cast<int64_t>(value)));
+  fence_sys();
+  store_relaxed_sys(status + kBadInput, static_cast<uint64_t>(what));
+}
+
 // Number of this call, from 1; dispatch_send opens it.
 __device__ __forceinline__ uint64_t current_call(const View& v) {
   return load_relaxed_sys(v.mine<uint64_t>(v.epoch));

@@ -116,14 +116,17 @@ __device__ __forceinline__ uint32_t distinct_owners(int owner, int lane) {
   return __ballot_sync(~0u, owner >= 0 && (same & lanes_below(lane)) == 0);
 }
 
+// What a combine flag carries beside the call: a rank in the other mode is told apart by it.
+enum Mode : int { kExactMode = 0, kFastMode = 1 };  // megamoe_ep/kernels/portable.py: _MODES
+
 // Raises the flag of `call` at every rank once all blocks have stored their rows.
-__device__ __forceinline__ void raise_combine_flags(const View& v, uint64_t call, uint32_t rows,
+__device__ __forceinline__ void raise_combine_flags(const View& v, uint64_t call, Mode mode,
                                                     uint32_t* blocks_before) {
   if (!last_block_to_finish(v, kCombineDone, blocks_before)) return;
   const int64_t* peers = View::local<const int64_t>(v.peers);
   for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
     store_release_sys(View::at<uint64_t>(peers[r], v.combine_flags) + v.rank,
-                      make_flag(call, rows));
+                      make_flag(call, mode));
   }
   if (threadIdx.x == 0) View::local<uint32_t>(v.latches)[kCombineDone] = 0;
 }
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  raise_combine_flags(v, call, static_cast<uint32_t>(rows), reinterpret_cast<uint32_t*>(shared));
+  raise_combine_flags(v, call, kExactMode, reinterpret_cast<uint32_t*>(shared));
 }
 
 template <int kPieces, int kRows>
@@ -219,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (call_failed(v)) return;
   sum_up(prefix, ranks);
   send_sums<2, 3>(v, prefix);
-  raise_combine_flags(v, call, static_cast<uint32_t>(prefix[ranks]),
-                      reinterpret_cast<uint32_t*>(prefix + ranks + 1));
+  raise_combine_flags(v, call, kFastMode, reinterpret_cast<uint32_t*>(prefix + ranks + 1));
 }
 
 template <bool kExact, int kPieces, int kRows>
@@ -287,7 +289,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_previous_kernel();
   const uint64_t call = current_call(v);
   const int n = min(num_staged(v), y_rows);
-  const bool ok = !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, call, shared);
+  bool ok = !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, call, shared);
+  if (ok) {
+    constexpr int kMode = kExact ? kExactMode : kFastMode;
+    for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
+      if (shared[r] == kMode) continue;
+      ok = false;
+      report_bad_input(v, kBadCombine, r, 0, shared[r]);
+    }
+    ok = __syncthreads_and(ok);
+  }
   if (!ok) {
     // No part of y may pass for a result.
     fill_with_nan<2>(v, y, n);

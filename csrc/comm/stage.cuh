@@ -103,18 +103,6 @@ __device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, ui
   return scale.__x;
 }
 
-// Tells the host of an argument that only the device could look at; the first one counts.
-__device__ __noinline__ void report_bad_input(const View& v, BadInput what, int token, int slot,
-                                              int value) {
-  if (atomicExch(View::local<uint32_t>(v.latches) + kBadFound, 1u)) return;
-  uint64_t* status = View::local<uint64_t>(v.status);
-  store_relaxed_sys(status + kBadToken, static_cast<uint64_t>(token));
-  store_relaxed_sys(status + kBadSlot, static_cast<uint64_t>(slot));
-  store_relaxed_sys(status + kBadValue, static_cast<uint64_t>(static_cast<int64_t>(value)));
-  fence_sys();
-  store_relaxed_sys(status + kBadInput, static_cast<uint64_t>(what));
-}
-
 struct StageArguments {
   const char* x;               // bf16 [rows, H]
   const int32_t* topk_idx;     // [rows, K]

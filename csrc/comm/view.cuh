@@ -91,6 +91,7 @@ enum Status : int {
 enum BadInput : int {
   kBadExpert = 1,     // an expert id is below -1 or not below num_experts
   kBadNumTokens = 2,  // num_tokens, read on the device, is negative or above the rows of x
+  kBadCombine = 3,    // rank kBadToken combines in another mode than this one
 };
 
 enum Phase : int { kDispatch = 0, kCombine = 1 };  // megamoe_ep/symm_buffer.py: PHASES

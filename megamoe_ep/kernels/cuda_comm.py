@@ -15,6 +15,7 @@ import torch
 
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import library
+from megamoe_ep.kernels.portable import combined_differently
 from megamoe_ep.symm_buffer import SymmBuffer
 
 _BLOCKS_PER_SM = 1  # as many as an SM runs at once would be 2
@@ -22,7 +23,7 @@ _BLOCKS_PER_SM = 1  # as many as an SM runs at once would be 2
 # csrc/comm/view.cuh: Status and BadInput
 _ABORT_FINDER, _ABORT_WORDS = 0, 8
 _BAD_INPUT, _BAD_TOKEN, _BAD_SLOT, _BAD_VALUE = 8, 9, 10, 11
-_BAD_EXPERT, _BAD_NUM_TOKENS = 1, 2
+_BAD_EXPERT, _BAD_NUM_TOKENS, _BAD_COMBINE = 1, 2, 3
 
 
 class CommState:
@@ -97,10 +98,11 @@ class CommState:
         return finder - 1, [1, *self.status[1:_ABORT_WORDS].tolist()]
 
     def raise_bad_input(self) -> None:
-        """Raises what a kernel found wrong with the staged inputs, once.
+        """Raises what a kernel found wrong with the arguments of a call, once.
 
         Raises:
             ArgumentError: an expert id, or ``num_tokens`` on the device, was out of range.
+            LayerMismatchError: a rank combined in another mode.
         """
         what = int(self.status[_BAD_INPUT])
         if what == 0:
@@ -108,6 +110,8 @@ class CommState:
         token, slot, value = (int(self.status[i]) for i in (_BAD_TOKEN, _BAD_SLOT, _BAD_VALUE))
         self.status[_BAD_INPUT] = 0
         self._latches[-1:].zero_()
+        if what == _BAD_COMBINE:
+            raise combined_differently(token)
         if what == _BAD_NUM_TOKENS:
             raise ArgumentError(
                 f"num_tokens must be 0 to the number of rows of x; got {value} on the device. As "

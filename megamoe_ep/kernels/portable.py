@@ -14,7 +14,7 @@ import time
 import torch
 
 from megamoe_ep import nvfp4
-from megamoe_ep.errors import ArgumentError
+from megamoe_ep.errors import ArgumentError, LayerMismatchError
 from megamoe_ep.symm_buffer import PHASES, SymmBuffer
 from megamoe_ep.weights import KernelWeights
 
@@ -292,11 +292,16 @@ def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
 
     Raises:
         PeerTimeoutError: a rank did not combine within the deadline.
+        LayerMismatchError: a rank combined in the other mode; ``y`` is then not written.
     """
     shape, local = buffer.shape, buffer.local
-    counts = _send_rows_home(buffer) if combine == "exact" else _send_sums_home(buffer)
-    _raise_flags(buffer, "combine", counts)
-    _wait_for_flags(buffer, "combine")
+    (_send_rows_home if combine == "exact" else _send_sums_home)(buffer)
+    mine = _MODES.index(combine)
+    ranks = _others_last_self(buffer.rank, shape.world_size)
+    _raise_flags(buffer, "combine", [(r, mine) for r in ranks])
+    for rank, mode in enumerate(_wait_for_flags(buffer, "combine")):
+        if mode != mine:
+            raise combined_differently(rank)
 
     n = int(local.num_tokens)
     home = local.home_rows[: n * shape.top_k].view(n, shape.top_k, shape.hidden_size)
@@ -313,21 +318,28 @@ def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
     y[:n] = total
 
 
-def _send_rows_home(buffer: SymmBuffer) -> list[tuple[int, int]]:
+_MODES = ("exact", "fast")  # what a combine flag carries beside the call
+
+
+def combined_differently(rank: int) -> LayerMismatchError:
+    return LayerMismatchError(
+        f"every rank must give the same combine; rank {rank} gave another one than this rank, so "
+        f"what came of that call is not valid."
+    )
+
+
+def _send_rows_home(buffer: SymmBuffer) -> None:
     shape, local, work = buffer.shape, buffer.local, buffer.workspace
     row_slot = work.row_slot[: int(work.expert_offsets[-1])]
     index, slot = row_slot // shape.top_k, row_slot % shape.top_k
     target = local.recv_token.flatten()[index] * shape.top_k + slot
     source = index // shape.max_num_tokens
-    counts = []
     for r in _others_last_self(buffer.rank, shape.world_size):
         chosen = (source == r).nonzero().squeeze(1)
         _put_rows(buffer, r, target[chosen], work.rows[chosen])
-        counts.append((r, len(chosen)))
-    return counts
 
 
-def _send_sums_home(buffer: SymmBuffer) -> list[tuple[int, int]]:
+def _send_sums_home(buffer: SymmBuffer) -> None:
     shape, local, work = buffer.shape, buffer.local, buffer.workspace
     row_slot = work.row_slot[: int(work.expert_offsets[-1])]
     index, place = torch.unique(row_slot // shape.top_k, return_inverse=True)
@@ -347,12 +359,9 @@ def _send_sums_home(buffer: SymmBuffer) -> list[tuple[int, int]]:
     )
     target = local.recv_token.flatten()[index] * shape.top_k + ordinal
     source = index // shape.max_num_tokens
-    counts = []
     for r in _others_last_self(buffer.rank, shape.world_size):
         chosen = (source == r).nonzero().squeeze(1)
         _put_rows(buffer, r, target[chosen], sums[chosen])
-        counts.append((r, len(chosen)))
-    return counts
 
 
 def _distinct_owners_below(
@@ -382,7 +391,8 @@ def _put_rows(buffer: SymmBuffer, rank: int, target: torch.Tensor, rows: torch.T
 
 
 def _raise_flags(buffer: SymmBuffer, phase: str, counts: list[tuple[int, int]]) -> None:
-    """Tells every rank that this rank's writes of the phase are there, and how many rows."""
+    """Tells every rank that this rank's writes of the phase are there, and a number with it: of
+    dispatch, how many tokens; of combine, the mode."""
     buffer.fence()
     epoch = int(buffer.local.epoch) & EPOCH_MASK
     for r, count in counts:
@@ -394,7 +404,7 @@ def _raise_flags(buffer: SymmBuffer, phase: str, counts: list[tuple[int, int]]) 
 
 
 def _wait_for_flags(buffer: SymmBuffer, phase: str) -> list[int]:
-    """Waits until every rank has raised its flag of the phase; the counts, by rank."""
+    """Waits until every rank has raised its flag of the phase; the numbers in them, by rank."""
     local = buffer.local
     epoch = int(local.epoch)
     flags = getattr(local, f"{phase}_flags")

@@ -95,6 +95,22 @@ def test_static_input_scales_on_some_ranks_only(ranks):
             MegaMoE.from_experts(experts, buffer)
 
 
+def test_ranks_that_combine_differently(ranks):
+    mode = "fast" if ranks.rank == 1 else "exact"
+    with get_symm_buffer_for_nvfp4_mega_moe(ranks, **sizes(ranks), device="cpu") as buffer:
+        with pytest.raises(LayerMismatchError, match=r"same combine and .*1: \('fast', None\)"):
+            MegaMoE.from_experts(local_experts(ranks), buffer, combine=mode)
+        layer = MegaMoE.from_experts(local_experts(ranks), buffer)
+        layer.combine = mode
+        given = inputs_of(buffer.shape, ranks.rank, buffer.shape.max_num_tokens)
+        with pytest.raises(
+            LayerMismatchError, match=rf"rank {0 if ranks.rank == 1 else 1} gave an"
+        ):
+            layer(*given)
+        layer.combine = "exact"  # nothing of it stays behind
+        layer(*given)
+
+
 def test_static_input_scale_of_the_layer_is_the_largest(ranks):
     experts = local_experts(ranks)
     assert experts.w13_input_scale is not None

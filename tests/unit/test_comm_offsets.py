@@ -421,6 +421,27 @@ def test_no_row_of_a_call_that_some_blocks_see_fail_is_left_as_it_was(kernels, b
     assert lost.any() == (block < 4)
 
 
+def test_a_rank_in_the_other_mode_is_found_by_all(kernels) -> None:
+    shape = shape_of(2)
+    ranks = ranks_of(shape)
+    cuda = [HostKernels(kernels, rank) for rank in ranks]
+    stage_some(cuda)
+    for c in cuda:
+        c.send("fast")
+    for c in cuda:
+        c.expand(True, torch.zeros(2, dtype=torch.int64))
+        c.rank.workspace.rows.fill_(1)
+    modes = ("exact", "fast")
+    for c, mode in zip(cuda, modes, strict=True):
+        c.send_home(mode)
+    for r, (c, mode) in enumerate(zip(cuda, modes, strict=True)):
+        y = torch.zeros(4, shape.hidden_size).bfloat16()
+        c.sum(y, mode)
+        assert y[:2].isnan().all()
+        assert not y[2:].any()
+        assert c.status[8:10].tolist() == [3, 1 - r]
+
+
 def test_ranks_that_wait_for_each_other_are_named_both(kernels) -> None:
     ranks = ranks_of(shape_of(3), timeout_s=1e-3)
     cuda = [HostKernels(kernels, rank) for rank in ranks]
