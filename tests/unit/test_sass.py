@@ -49,8 +49,8 @@ def of_namespace(kernels, architecture: str, name: str) -> dict[str, Counter[str
 def test_every_kernel_was_taken_apart(kernels):
     for architecture in str(library.load().architectures()).split(","):
         comm = of_namespace(kernels, architecture, "7megamoe4comm")
-        assert len(comm) >= 7
-        assert all(opcodes["EXIT"] and sum(opcodes.values()) > 100 for opcodes in comm.values())
+        assert len(comm) >= 8
+        assert all(opcodes["EXIT"] and sum(opcodes.values()) > 20 for opcodes in comm.values())
 
 
 def test_hopper_gemms_feed_the_tensor_cores(kernels):
