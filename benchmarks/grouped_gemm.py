@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import list_of
 
 from megamoe_ep import nvfp4
 from megamoe_ep.kernels import gemm_kernels, weight_layout
@@ -373,20 +374,6 @@ def measure(meter: Meter, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    def list_of(kind: type, allowed: Sequence[str] | None = None) -> Callable[[str], list[Any]]:
-        def parse(text: str) -> list[Any]:
-            try:
-                values = [kind(part) for part in text.split(",")]
-            except ValueError:
-                raise argparse.ArgumentTypeError(
-                    f"must be numbers with commas between; got {text!r}."
-                ) from None
-            if allowed is not None and not set(values) <= set(allowed):
-                raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}; got {text!r}.")
-            return values
-
-        return parse
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -44,17 +45,13 @@ from megamoe_ep.symm_buffer import SymmBuffer
 
 
 def parse_case(text: str) -> Case:
-    try:
-        shape, tokens, combine, skew = (*text.split(":"), "1")[:4]
-        case = Case(shape, "weak", int(tokens), combine, float(skew))
-    except ValueError:
-        case = None
-    if case is None or case.model not in MODELS or case.combine not in ("exact", "fast"):
+    parts = re.fullmatch(r"([^:]+):(\d+):(exact|fast)(?::([\d.]+))?", text)
+    if parts is None or parts[1] not in MODELS:
         raise argparse.ArgumentTypeError(
             f"a case must be SHAPE:TOKENS:exact|fast[:SKEW] with a shape of {list(MODELS)}; "
             f"got {text!r}."
         )
-    return case
+    return Case(parts[1], "weak", int(parts[2]), parts[3], float(parts[4] or 1))
 
 
 def kernel_times_us(call: Callable[[], Any], calls: int = 8) -> dict[str, float]:

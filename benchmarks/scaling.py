@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from arguments import list_of
+
 from megamoe_ep.measure import (
     CALLS,
     MODELS,
@@ -36,21 +38,6 @@ from megamoe_ep.roofline import measure_ceilings
 TOKENS = [1, 8, 64, 128, 512, 2048, 8192]
 SKEWS = [1.0, 2.0, 4.0, 7.0]
 FOLDER = Path(__file__).parent / "results"
-
-
-def list_of(kind: type, allowed: tuple[str, ...] | None = None) -> Any:
-    def parse(text: str) -> list[Any]:
-        try:
-            values = [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"must be numbers with commas between; got {text!r}."
-            ) from None
-        if allowed is not None and not set(values) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}; got {text!r}.")
-        return values
-
-    return parse
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:

@@ -373,9 +373,11 @@ def _wait(store: Any, keys: Sequence[str], deadline: float) -> bool:
     remaining = max(deadline - time.monotonic(), 0.001)
     try:
         store.wait(list(keys), timedelta(seconds=remaining))
+    except dist.DistStoreError:
+        return False
     except RuntimeError as error:
         # A FileStore has no class of its own for that.
-        if isinstance(error, dist.DistStoreError) or "timeout" in str(error).lower():
+        if type(error) is RuntimeError and "timeout" in str(error).lower():
             return False
         raise
     return True

@@ -46,14 +46,6 @@ class LibraryError(MegaMoEError):
     """The compiled CUDA library is missing, stale, or does not load."""
 
 
-def check_timeout(timeout_s: float) -> None:
-    """Raises ArgumentError unless ``timeout_s`` is a deadline: every wait must end."""
-    if not 0 < timeout_s < math.inf:
-        raise ArgumentError(
-            f"timeout_s must be a positive number of seconds, and finite; got {timeout_s}."
-        )
-
-
 class PeerTimeoutError(MegaMoEError):
     """A rank did not do its part of a call within the deadline.
 
@@ -100,4 +92,12 @@ class PeerTimeoutError(MegaMoEError):
             self.epoch_seen,
             self.timeout_s,
             self.found_by,
+        )
+
+
+def check_timeout(timeout_s: float, name: str = "timeout_s") -> None:
+    """Raises ArgumentError unless ``timeout_s`` is a deadline: every wait must end."""
+    if not 0 < timeout_s < math.inf:
+        raise ArgumentError(
+            f"{name} must be a positive number of seconds, and finite; got {timeout_s}."
         )

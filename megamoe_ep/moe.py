@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megamoe_ep.shape import ActivationFormat
 
 CombineMode = Literal["exact", "fast"]
-_ALIGNMENT = 16
+_ALIGNMENT = 16  # bytes
 
 
 def stage_activation(
@@ -412,11 +412,12 @@ class MegaMoE(torch.nn.Module):
             (combine, activation_clamp, None if mine is None else float(mine.max())),
             timeout_s=buffer.timeout_s,
         )
+        options = {rank: given for rank, (*given, _) in enumerate(said)}
         scales = [scale for *_, scale in said]
-        if any(others[:2] != said[0][:2] for others in said):
+        if any(given != options[0] for given in options.values()):
             raise LayerMismatchError(
-                f"every rank must give the same combine and activation_clamp; got "
-                f"{ {rank: others[:2] for rank, others in enumerate(said)} } by rank."
+                f"every rank must give the same combine and activation_clamp; got {options} by "
+                f"rank."
             )
         if buffer.shape.activation_format == "nvfp4":
             if any((scale is None) != (scales[0] is None) for scale in scales):

@@ -368,11 +368,12 @@ def write_modelopt_checkpoint(
         file = _SINGLE_FILE if num_files == 1 else f"model-{i + 1:05}-of-{num_files:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
-    (folder / _INDEX_FILE).unlink(missing_ok=True)
-    if num_files > 1:
+    if len(list(folder.glob("*.safetensors"))) > 1:  # some perhaps of an earlier checkpoint
         nbytes = sum((folder / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (folder / _INDEX_FILE).write_text(json.dumps(index, indent=2))
+    else:
+        (folder / _INDEX_FILE).unlink(missing_ok=True)
     quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": nvfp4.BLOCK}
     about = {"producer": {"name": "megamoe_ep"}, "quantization": quantization}
     (folder / "hf_quant_config.json").write_text(json.dumps(about, indent=2))

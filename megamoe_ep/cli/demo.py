@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast, get_args
 
 import typer
 
-from megamoe_ep.cli.report import (
-    bytes_text,
-    check_plot,
-    check_timeout_option,
-    console,
-    errors_end_the_command,
-)
-from megamoe_ep.errors import ArgumentError
+from megamoe_ep.cli.report import bytes_text, check_plot, console, errors_end_the_command
+from megamoe_ep.errors import ArgumentError, check_timeout
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +113,7 @@ class Options:
             )
         if self.combine not in get_args(CombineMode):
             raise ArgumentError(f"--combine must be exact or fast; got {self.combine!r}.")
-        check_timeout_option(self.timeout)
+        check_timeout(self.timeout, "--timeout")
         if self.device not in (None, "cpu", "cuda"):
             raise ArgumentError(f"--device must be cpu or cuda; got {self.device!r}.")
         if self.plot is not None:

@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from megamoe_ep.cli.demo import DEFAULT_RANKS, HIDDEN, INTERMEDIATE, MIN_EXPERTS, made_up_experts
-from megamoe_ep.cli.report import (
-    bytes_text,
-    check_timeout_option,
-    console,
-    errors_end_the_command,
-)
-from megamoe_ep.errors import ArgumentError, MegaMoEError
+from megamoe_ep.cli.report import bytes_text, console, errors_end_the_command
+from megamoe_ep.errors import ArgumentError, MegaMoEError, check_timeout
 
 if TYPE_CHECKING:
     from megamoe_ep.shape import LayerShape
@@ -53,7 +48,8 @@ def doctor(
     experts: Annotated[
         int | None,
         typer.Option(
-            help=f"Experts of the layer, over all ranks; {MIN_EXPERTS}, or what the ranks divide.",
+            help=f"Experts of the layer, over all ranks. Not said: {MIN_EXPERTS} or, where the "
+            "ranks do not divide that, the next number that they do.",
             min=1,
         ),
     ] = None,
@@ -76,7 +72,7 @@ def doctor(
 
         if device not in (None, "cpu", "cuda"):
             raise ArgumentError(f"--device must be cpu or cuda; got {device!r}.")
-        check_timeout_option(timeout)
+        check_timeout(timeout, "--timeout")
         gpus = torch.cuda.device_count()
         chosen = device or ("cuda" if gpus else "cpu")
         world_size = ranks or (gpus if chosen == "cuda" and gpus else DEFAULT_RANKS)

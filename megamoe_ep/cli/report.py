@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,14 +28,6 @@ def errors_end_the_command(rank: int | None = None) -> Iterator[None]:
         who = "" if rank is None else f"rank {rank}: "
         print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(2 if isinstance(error, ArgumentError) else 1) from error
-
-
-def check_timeout_option(timeout: float) -> None:
-    """Raises ArgumentError unless ``--timeout`` is a deadline."""
-    if not 0 < timeout < math.inf:
-        raise ArgumentError(
-            f"--timeout must be a positive number of seconds, and finite; got {timeout:g}."
-        )
 
 
 def check_plot(plot: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megamoe_ep import moe, weights
 from megamoe_ep.errors import UnsupportedDeviceError
 from megamoe_ep.kernels import gemm_kernels, library, weight_layout
 from megamoe_ep.moe import MegaMoE
+from megamoe_ep.prepack import MAX_EXPERTS
 from megamoe_ep.symm_buffer import get_symm_buffer_for_nvfp4_mega_moe
 from megamoe_ep.weights import random_experts, transform_weights_for_nvfp4_mega_moe
 
@@ -75,6 +77,18 @@ def test_weights_get_the_layout_that_can_serve_them(
             nvfp4_activations=nvfp4_activations,
         )  # fmt: skip
     assert [w.layout for w in made] == [layout, layout]
+
+
+def test_more_experts_than_csrc_s_gemms_take_are_left_to_the_portable_ones(monkeypatch):
+    monkeypatch.setattr(weights, "weight_layout", lambda device: "sm90")
+    experts = random_experts(MAX_EXPERTS + 1, 128, 128)
+    with pytest.warns(UserWarning, match=f"at most {MAX_EXPERTS} experts of a rank; got"):
+        made = transform_weights_for_nvfp4_mega_moe(
+            (experts.w13, experts.w13_scale), (experts.w2, experts.w2_scale)
+        )
+    assert [w.layout for w in made] == ["portable", "portable"]
+    source = (Path(weights.__file__).parents[1] / "csrc/gemm/sm90/gemm.cuh").read_text()
+    assert f"kMostExperts = {MAX_EXPERTS};" in source
 
 
 @pytest.mark.parametrize("activation_format", ["nvfp4", "bf16"])

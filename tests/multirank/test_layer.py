@@ -98,7 +98,7 @@ def test_static_input_scales_on_some_ranks_only(ranks):
 def test_ranks_that_combine_differently(ranks):
     mode = "fast" if ranks.rank == 1 else "exact"
     with get_symm_buffer_for_nvfp4_mega_moe(ranks, **sizes(ranks), device="cpu") as buffer:
-        with pytest.raises(LayerMismatchError, match=r"same combine and .*1: \('fast', None\)"):
+        with pytest.raises(LayerMismatchError, match=r"same combine and .*1: \['fast', None\]"):
             MegaMoE.from_experts(local_experts(ranks), buffer, combine=mode)
         layer = MegaMoE.from_experts(local_experts(ranks), buffer)
         layer.combine = mode

@@ -343,6 +343,12 @@ def test_buffer_of_another_layer(buffer, tmp_path):
 # What is not an error
 
 
+def test_a_device_by_its_number():
+    with create(device="cpu:0") as made:
+        assert made.device == torch.device("cpu")
+        stage_activation(**tokens(), buffer=made)
+
+
 def test_bytes_are_known_before_anything_is_allocated(buffer):
     sizes = {name: size for name, size in SIZES.items() if name != "world_size"}
     assert SymmBuffer.nbytes_for(1, **sizes) == len(buffer.buffer)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megamoe_ep import bootstrap
 from megamoe_ep.bootstrap import Group, Place, RankProcesses, detect_launcher
@@ -80,6 +81,12 @@ def test_lone_process(monkeypatch):
     assert group.broadcast_object([1]) == [1]
     group.barrier()
     assert repr(group) == "Group(rank=0, world_size=1, device=cpu)"
+
+
+def test_a_rank_missing_at_a_store_in_a_file_is_named(tmp_path):
+    exchange = bootstrap._StoreExchange(dist.FileStore(str(tmp_path / "store"), 2), 0, 2, 5.0)
+    with pytest.raises(BootstrapError, match=r"rank 1 did not come within timeout_s=0\.3"):
+        exchange.all_gather(b"", 0.3)
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])

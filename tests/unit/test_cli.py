@@ -312,7 +312,9 @@ def test_doctor_of_a_layer_that_does_not_fit(run, monkeypatch):
             ["--timeout", "-1"],
             "--timeout must be a positive number of seconds, and finite; got -1.",
         ),
+        (["--timeout", "inf"], "--timeout must be a positive number of seconds, and finite; got"),
         (["--experts", "30"], "--experts must be a multiple of the 4 ranks; got 30."),
+        (["--experts", "4"], "--top-k must be at most the layer's 4 experts; got 6."),
         (["--hidden", "100"], "hidden_size must be a multiple of 16"),
         (["--activation-format", "fp8"], "activation_format must be 'nvfp4' or 'bf16'; got 'fp8'."),
     ],
@@ -322,6 +324,19 @@ def test_doctor_with_a_wrong_option(run, arguments, message):
     assert result.exit_code == 2
     assert result.stderr.startswith("ArgumentError: ")
     assert message in result.stderr
+
+
+def test_doctor_with_a_number_of_ranks_that_does_not_divide_its_layer(run):
+    result = run("doctor", "--device", "cpu", "--ranks", 3)
+    assert result.exit_code == 0, result.output
+    assert "with 3 rank(s): yes" in result.stdout
+
+
+def test_doctor_of_weights_that_do_not_fit(run):
+    sizes = ["--experts", 65536, "--tokens", 1, "--hidden", 7168, "--intermediate", 2048]
+    result = run("doctor", "--device", "cpu", "--ranks", 1, *sizes)
+    assert result.exit_code == 1
+    assert "the weights alone do not fit" in " ".join(result.stdout.replace("│", "").split())
 
 
 def test_doctor_where_ranks_of_mpirun_do_not_meet(run, monkeypatch):

@@ -552,6 +552,32 @@ def test_experts_that_are_not_there(folder, rows):
         read_modelopt_experts(folder, LAYER, rows)
 
 
+def test_one_file_written_over_two_is_what_is_read(experts, tmp_path):
+    write_modelopt_checkpoint(tmp_path, LAYER, experts, num_files=2)
+    others = random_experts(E, H, I, seed=9)
+    write_modelopt_checkpoint(tmp_path, LAYER, others)
+    assert torch.equal(read_modelopt_experts(tmp_path, LAYER, range(E)).w2, others.w2)
+
+
+@pytest.mark.parametrize(
+    "header", ['{"a": ' + "[" * 100_000, '{"a": {"dtype": "U8", "shape": [Infinity]}}']
+)
+def test_a_header_that_no_reader_can_take(tmp_path, header):
+    data = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+    with pytest.raises(CheckpointError, match="its header cannot be read"):
+        describe_layer(tmp_path, LAYER)
+
+
+def test_a_name_that_no_file_can_have(written, tmp_path):
+    folder = Path(shutil.copytree(written[3], tmp_path / "checkpoint"))
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][f"{PREFIX}.0.up_proj.weight"] = "a\0b"
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is missing, though the checkpoint's index names"):
+        describe_layer(folder, LAYER)
+
+
 @pytest.mark.parametrize("num_files", [0, E + 1])
 def test_files_to_write(experts, tmp_path, num_files):
     with pytest.raises(ArgumentError, match=rf"num_files must be 1 to {E}, .*; got {num_files}"):

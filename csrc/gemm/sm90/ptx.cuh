@@ -1,5 +1,5 @@
-// Every instruction that C++ has no word for, one function each, but wgmma's own (mma.cuh). The host
-// tests have theirs.
+// Every instruction that C++ has no word for, one function each, but wgmma's own (mma.cuh). The tests
+// that run kernels on the host have theirs of both files: tests/unit/host_cuda.
 #pragma once
 
 #include <cuda.h>
