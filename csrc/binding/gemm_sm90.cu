@@ -48,9 +48,9 @@ int num_sms(int device) {
 template <typename Cut, bool kGated>
 void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device, int64_t stream) {
   const CurrentDevice current(device);
-  const TokenMaps maps = {map_tokens(tokens, all_rows, problem.k, 16),
-                          map_tokens(tokens, all_rows, problem.k, 32),
-                          map_tokens(tokens, all_rows, problem.k, 64)};
+  TokenMaps<Cut> maps;
+  int rows = 0;
+  for (CUtensorMap& map : maps.of_height) map = map_tokens(tokens, all_rows, problem.k, rows += kTokenBox);
   const auto kernel = grouped_gemm<Cut, kGated>;
   // The most, whatever this call needs: the limit is the function's, and threads may launch at once.
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -59,11 +59,11 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   return bits;
 }
 
-// silu(gate) * up. NaN in gives NaN out, as clamps by comparison let it through.
+// silu(gate) * up. NaN in gives NaN out.
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
-  gate = gate > clamp ? clamp : gate;
-  up = up > clamp ? clamp : up < -clamp ? -clamp : up;
-  return gate * reciprocal(1.0f + power_of_2(gate * -1.442695040888963f)) * up;
+  gate = min_or_nan(gate, clamp);
+  up = max_or_nan(min_or_nan(up, clamp), -clamp);
+  return gate * reciprocal_of_1_and_more(1.0f + power_of_2(gate * -1.442695040888963f)) * up;
 }
 
 // Nearest E2M1 value of x, ties to the even code, saturating: adding a number whose last bit is worth
@@ -75,23 +75,15 @@ __device__ __forceinline__ float round_e2m1(float x) {
   return copysignf(fminf((m + anchor) - anchor, 6.0f), x);
 }
 
-// Bits of the largest magnitude over the lanes that differ in bits 2 to 4; NaN is above infinity.
-__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t largest) {
-#pragma unroll
-  for (int lanes = 4; lanes < 32; lanes *= 2) {
-    largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
-  }
-  return largest;
-}
-
-// How a block of 16 outputs is requantised. As megamoe_ep/nvfp4.py does, but for the product with a
-// reciprocal.
+// How a block of 16 outputs is requantised. As megamoe_ep/nvfp4.py does, but for products with
+// reciprocals; over_six is that of 6 * global_scale.
 struct BlockScale {
   float scale;
   float inverse;  // of scale times global scale
 
-  __device__ __forceinline__ BlockScale(uint32_t largest, float global_scale) {
-    const float quotient = __fdividef(__uint_as_float(largest), 6.0f * global_scale);
+  // `largest`: bits of the largest magnitude.
+  __device__ __forceinline__ BlockScale(uint32_t largest, float global_scale, float over_six) {
+    const float quotient = __uint_as_float(largest) * over_six;
     const __nv_fp8_e4m3 rounded(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
     scale = largest < 0x7F800000u ? static_cast<float>(rounded) : __uint_as_float(0x7FC00000u);
     inverse = reciprocal(scale * global_scale);
@@ -101,6 +93,31 @@ struct BlockScale {
     return round_e2m1(x * inverse) * scale;
   }
 };
+
+// A thread's tokens of a chunk, which it has an output of in each strip.
+constexpr int kTokens = kChunk / 4;
+
+// A block of 16 is the eight outputs of a warp in one strip, in lanes that differ in bits 2 to 4, then those
+// in the other.
+__device__ __forceinline__ void requantise(float (&h)[kTokens][2], float global_scale,
+                                           float over_six) {
+  uint32_t largest[kTokens];  // bits; NaN is above infinity
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    largest[t] = max(__float_as_uint(fabsf(h[t][0])), __float_as_uint(fabsf(h[t][1])));
+  }
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) {
+#pragma unroll
+    for (uint32_t& mine : largest) mine = max(mine, __shfl_xor_sync(~0u, mine, lanes));
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const BlockScale block(largest[t], global_scale, over_six);
+    h[t][0] = block(h[t][0]);
+    h[t][1] = block(h[t][1]);
+  }
+}
 
 // Stores this warp's outputs of slab `slab` for tokens first_row to end_row.
 template <typename Cut, bool kGated>
@@ -120,38 +137,30 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const float alpha[2] = {s.alpha[0] * kUnscale, kGated ? s.alpha[1] * kUnscale : 0.0f};
   const bool quantised = kGated && o.input_scale != nullptr;
   const float global_scale = quantised ? s.input_scale : 0.0f;
+  const float over_six = reciprocal(6.0f * global_scale);
 
 #pragma unroll
   for (int chunk = 0; chunk < Cut::kMaxTokens / kChunk; ++chunk) {
     const int row = first_row + chunk * kChunk;
     if (row >= end_row) break;
     if constexpr (kGated) {
+      // All tokens' at a time, so that none waits for another's shuffles and quotients.
+      float h[kTokens][2];  // [token][strip]
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        const int column = chunk * kChunk + 8 * (t / 2);
+        const float row_scale = s.row_scales[column + 2 * (lane % 4) + t % 2];
+#pragma unroll
+        for (int strip = 0; strip < 2; ++strip) {
+          const float gate = acc[strip][column / 2 + t % 2] * row_scale * alpha[0];
+          const float up = acc[strip][column / 2 + 2 + t % 2] * row_scale * alpha[1];
+          h[t][strip] = swiglu(gate, up, o.clamp);
+        }
+      }
+      if (quantised) requantise(h, global_scale, over_six);
       uint32_t pairs[2][2];  // [8 tokens][strip], two tokens each
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int column = chunk * kChunk + 8 * j;
-        float h[2][2];  // [token][strip]
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const float row_scale = s.row_scales[column + 2 * (lane % 4) + t];
-#pragma unroll
-          for (int strip = 0; strip < 2; ++strip) {
-            const float gate = acc[strip][column / 2 + t] * row_scale * alpha[0];
-            const float up = acc[strip][column / 2 + 2 + t] * row_scale * alpha[1];
-            h[t][strip] = swiglu(gate, up, o.clamp);
-          }
-          if (quantised) {
-            // A block of 16 is the eight outputs of a warp in one strip, then those in the other.
-            const uint32_t largest = largest_of_lanes(
-                max(__float_as_uint(fabsf(h[t][0])), __float_as_uint(fabsf(h[t][1]))));
-            const BlockScale requantised(largest, global_scale);
-            h[t][0] = requantised(h[t][0]);
-            h[t][1] = requantised(h[t][1]);
-          }
-        }
-        pairs[j][0] = pair_of(h[0][0], h[1][0]);
-        pairs[j][1] = pair_of(h[0][1], h[1][1]);
-      }
+      for (int i = 0; i < 4; ++i) pairs[i / 2][i % 2] = pair_of(h[i / 2 * 2][i % 2], h[i / 2 * 2 + 1][i % 2]);
       store_transposed(staged + (8 * (matrix / 2) + lane % 8) * kStagedRow + 16 * (matrix % 2),
                        {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
     } else {
@@ -169,14 +178,20 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
     __syncwarp();
     // Pieces of 16 bytes, eight outputs: of a token the strips' halves one after the other.
     constexpr int kPieces = kGated ? 2 : 4;
+    constexpr int kOfLane = kChunk * kPieces / 32;
+    const int token = lane / kPieces;  // the first
+    const int piece = lane % kPieces;
+    uint4 eight[kOfLane];
 #pragma unroll
-    for (int i = 0; i < kChunk * kPieces / 32; ++i) {
-      const int token = (32 * i + lane) / kPieces;
-      const int piece = lane % kPieces;
-      const uint4 eight = load_shared_16(staged + token * kStagedRow + 16 * piece);
-      if (row + token < end_row) {
+    for (int i = 0; i < kOfLane; ++i) {
+      eight[i] = load_shared_16(staged + (token + 32 / kPieces * i) * kStagedRow + 16 * piece);
+    }
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int to_row = row + token + 32 / kPieces * i;
+      if (to_row < end_row) {
         const int at = kGated ? 8 * piece : 64 * (piece / 2) + 8 * (piece % 2);
-        *reinterpret_cast<uint4*>(out + (row + token) * o.row_elements + at) = eight;
+        *reinterpret_cast<uint4*>(out + to_row * o.row_elements + at) = eight[i];
       }
     }
     __syncwarp();

@@ -52,11 +52,11 @@ struct Block<Many> {
 template <typename Cut>
 constexpr int kThreads = (Cut::kSlabs + 1) * kWarpgroup;
 
-// Maps of the same tokens, for boxes of 16, 32 and 64 rows, each 64 of k wide.
+// Maps of the same tokens, a box for each height that a tile can load: the first has kTokenBox rows, each
+// other one as many more. All are 64 of k wide.
+template <typename Cut>
 struct TokenMaps {
-  CUtensorMap rows16;
-  CUtensorMap rows32;
-  CUtensorMap rows64;
+  CUtensorMap of_height[Cut::kMaxTokens / kTokenBox];
 };
 
 struct Problem {
@@ -76,6 +76,7 @@ struct Shared {
   uint8_t ring[Block<Cut>::kRingBytes];
   Staging<Cut> staging[kWarps * Cut::kSlabs];  // of each consumer warp
   Barriers barriers;
+  Tile tiles[kMaxTiles];                       // under way, in turn
   int widest;                                  // tile
   int plan[1];                                 // offsets[L + 1], first_tiles[L + 1]
 };
@@ -154,23 +155,24 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
                                            int stages) {
   constexpr int kGroup = Block<Cut>::kGroup;
   const uint32_t thread = thread_read_anew();
-  const uint32_t slab_at = thread / kWarpgroup * kSlabStageBytes;
+  // Of a stage at the ring's begin; offsets of the others are added.
+  const uint32_t slab_at = ring.memory() + thread / kWarpgroup * kSlabStageBytes;
   const uint32_t codes_at = slab_at + thread % kWarpgroup * 16;
   const uint32_t scales_at = slab_at + kScalesAt + thread % kWarpgroup / 4 * 16;
+  const uint32_t first_tokens = low_descriptor(ring.memory() + tokens_at);
   Packed packed;  // of the block that is decoded next
-  const auto load = [&](uint32_t block_at) {
-    packed.load(block_at + codes_at, block_at + scales_at);
-  };
+  const auto load = [&](uint32_t offset) { packed.load(offset + codes_at, offset + scales_at); };
 #pragma unroll
   for (int i = 0; i < N; ++i) acc[i % 2][i / 2] = 0;
 
   ring.wait_full();
-  load(ring.stage());
+  load(ring.offset());
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
-    const uint32_t here = ring.stage();
+    const uint32_t here = ring.offset();
     const uint32_t empty = ring.empty();
-    const uint32_t tokens = token_descriptor(uniform(here + tokens_at));
+    // In 64 bits all the way: ptxas then adds in place instead of putting each one together.
+    const uint64_t tokens = kSwizzle128 | kPatternStride | uniform(first_tokens + here / 16);
 #pragma unroll
     for (int group = 0; group < kStageBlocks * 4 / kGroup; ++group) {
       const int block = group * kGroup / 4;
@@ -190,7 +192,7 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
           uint32_t next = here;
           if (stage + 1 < stages) {
             ring.wait_full();
-            next = ring.stage();
+            next = ring.offset();
           }
           load(next);
         }
@@ -200,10 +202,9 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
       begin_products();
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        const uint32_t at = tokens + (block * token_block_bytes(N) + (first + i) * 32) / 16;
-        const uint64_t descriptor = kSwizzle128 | kPatternStride | at;
-        multiply_add<N>(acc[0], fragments[i][0], descriptor);
-        multiply_add<N>(acc[1], fragments[i][1], descriptor);
+        const uint64_t at = tokens + (block * token_block_bytes(N) + (first + i) * 32) / 16;
+        multiply_add<N>(acc[0], fragments[i][0], at);
+        multiply_add<N>(acc[1], fragments[i][1], at);
       }
       wait_for_products();
     }
@@ -234,89 +235,92 @@ __device__ __forceinline__ int tokens_at(bool second) {
   return second ? of_first + kStageBlocks * token_block_bytes(shared<Cut>().widest) : of_first;
 }
 
-// Rows of a k64 block, in boxes of 64 rows, then 32, then 16.
-__device__ __forceinline__ void copy_tokens(const TokenMaps& maps, uint32_t to, int column,
-                                            const Part& part, uint32_t full) {
-  const int rows = loaded_rows(part.width);
-  int row = 0;
-#pragma unroll 1
-  for (; row + 64 <= rows; row += 64) {
-    copy_box(to + row * kTokenBytes, &maps.rows64, column, part.first_row + row, full, kEvictLast);
-  }
-  if (rows & 32) {
-    copy_box(to + row * kTokenBytes, &maps.rows32, column, part.first_row + row, full, kEvictLast);
-    row += 32;
-  }
-  if (rows & 16) {
-    copy_box(to + row * kTokenBytes, &maps.rows16, column, part.first_row + row, full, kEvictLast);
-  }
+template <typename Cut>
+__device__ __forceinline__ Ring make_ring(uint32_t barriers) {
+  return Ring(shared_address(shared<Cut>().ring), Block<Cut>::kRingBytes, barriers,
+              stage_bytes<Cut>(shared<Cut>().widest));
 }
 
-// A producer warp, of which one thread works: as every instruction counts, they share each stage. Warp
-// w brings the weights of slab w, if there is one; the last two also a block of the tokens each.
+// The producer warp that tells consumers of a tile, and how much of a stage to wait for. It must not be one
+// that can bring nothing at all, unless it is this: late by a turn of the ring, it would take one turn for
+// another and nobody would notice. Warp 0 always brings weights, the last two tokens.
+constexpr int kTeller = 1;
+
+// A producer warp, of which one thread works. Consumers wait for every instruction of its scheduler, so
+// the four share each stage: warp w brings the weights of slab w, if there is one; the last two also a
+// block each of the first part's tokens, and the first two of the second's.
 template <typename Cut, bool kGated>
-__device__ __forceinline__ void produce(const Problem& p, const TokenMaps& maps, Ring ring,
+__device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& maps, Ring ring,
                                         Walk<Cut> walk, int warp) {
-  const int block = warp - (kWarps - kStageBlocks);  // of tokens, unless below 0
-  // L1 may still be at work on them.
-  if (!kGated && block >= 0) wait_for_previous_kernel();
+  constexpr int kOfSecond = kWarps - kStageBlocks;
+  const bool of_first = warp >= kOfSecond;  // the tokens
+  const int block = of_first ? warp - kOfSecond : warp;
   const int all_slabs = p.n / kSlabRows;
   const int of_slab = p.k / kStageK * kSlabStageBytes;
-  for (; walk.valid(); walk.advance()) {
+  int turn = 0;
+  for (; walk.valid(); walk.advance(), turn = (turn + 1) % kMaxTiles) {
     const Part first = walk.first();
     const Part second = walk.second(first);
+    if (warp == kTeller) {
+      ring.wait_empty();
+      shared<Cut>().tiles[turn] = {first, second};
+    }
     const uint32_t bytes = (first.slabs + second.slabs) * kSlabStageBytes +
                            kStageBlocks * (token_block_bytes(first.width) +
                                            (second.slabs ? token_block_bytes(second.width) : 0));
-    const bool of_first = warp < first.slabs;
     const bool brings_weights = warp < first.slabs + second.slabs;
-    const int slab = of_first ? first.expert * all_slabs + first.slab + warp
-                              : second.expert * all_slabs + second.slab + warp - first.slabs;
+    const int slab = warp < first.slabs
+                         ? first.expert * all_slabs + first.slab + warp
+                         : second.expert * all_slabs + second.slab + warp - first.slabs;
     const uint8_t* from = p.weights + static_cast<int64_t>(slab) * of_slab;
-    const int to_first = tokens_at<Cut>(false) + block * token_block_bytes(first.width);
-    const int to_second = tokens_at<Cut>(true) + block * token_block_bytes(second.width);
+    const Part part = of_first ? first : second;
+    const bool brings_tokens = part.slabs > 0;
+    if (!kGated && brings_tokens) wait_for_previous_kernel();  // L1 may still be at work on them
+    const CUtensorMap* map = &maps.of_height[(part.width - 1) / kTokenBox];
+    const int to_tokens = tokens_at<Cut>(!of_first) + block * token_block_bytes(part.width);
 #pragma unroll 1
-    for (int column = 0; column < p.k; column += kStageK) {
+    for (int column = block * kBlockK; column < p.k; column += kStageK) {
       ring.wait_empty();
       const uint32_t full = ring.full();
-      // A warp that brings nothing could be a turn of the ring late without anyone waiting for it, and
-      // then take one turn for another. Warp 0 always brings weights, the last two tokens.
-      if (warp == 1) arrive_and_expect(full, bytes);
+      if (warp == kTeller) arrive_and_expect(full, bytes);
       if (brings_weights) {
         copy_bulk(ring.stage() + warp * kSlabStageBytes, from, kSlabStageBytes, full, kEvictFirst);
         from += kSlabStageBytes;
       }
-      if (block >= 0) {
-        const int at = column + block * kBlockK;
-        copy_tokens(maps, ring.stage() + to_first, at, first, full);
-        if (second.slabs) copy_tokens(maps, ring.stage() + to_second, at, second, full);
+      if (brings_tokens) {
+        copy_box(ring.stage() + to_tokens, map, column, part.first_row, full, kEvictLast);
       }
       ring.advance();
     }
   }
+  if (warp == kTeller) {
+    ring.wait_empty();
+    shared<Cut>().tiles[turn] = {};
+    arrive(ring.full());
+  }
 }
 
 template <typename Cut, bool kGated>
-__device__ __forceinline__ void consume(const Problem& p, Ring ring, Walk<Cut> walk,
-                                        int warpgroup) {
+__device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int warpgroup) {
   Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
   const int stages = p.k / kStageK;
-  for (; walk.valid(); walk.advance()) {
-    // This warpgroup's slab, which is worked out anew for the epilogue.
+  wait(barriers, 0);  // for the first stage, before which all is planned
+  Ring ring = make_ring<Cut>(barriers);
+  for (int turn = 0;; turn = (turn + 1) % kMaxTiles) {
+    ring.wait_full();
+    const Tile& tile = shared<Cut>().tiles[turn];
+    if (tile.first.slabs == 0) break;
+    // This warpgroup's slab, which is read anew for the epilogue.
     const auto mine = [&] {
-      Part part = walk.first();
-      const bool second = warpgroup >= part.slabs;
-      if (second) {
-        const int before = part.slabs;
-        part = walk.second(part);
-        part.slab -= before;
-        part.slabs += before;
-      }
-      part.slab += warpgroup;
+      const int of_second = warpgroup - tile.first.slabs;
+      Part part = of_second < 0 ? tile.first : tile.second;
+      const int before = of_second < 0 ? warpgroup : of_second;
+      part.slab += before;
+      part.slabs -= before;
       return part;
     };
     const Part part = mine();
-    if (warpgroup >= part.slabs) {
+    if (part.slabs <= 0) {
       for (int stage = 0; stage < stages; ++stage) {
         ring.wait_full();
         __syncwarp();  // so that no lane looks a turn of the ring too late
@@ -328,7 +332,7 @@ __device__ __forceinline__ void consume(const Problem& p, Ring ring, Walk<Cut> w
     fetch_scales<Cut, kGated>(staging, p.outputs, p.row_scales + part.first_row, part.expert,
                               part.end_row - part.first_row);
     Accumulators<Cut> acc;
-    accumulate<Cut>(acc, ring, tokens_at<Cut>(warpgroup >= walk.first().slabs), stages,
+    accumulate<Cut>(acc, ring, tokens_at<Cut>(warpgroup >= tile.first.slabs), stages,
                     uniform(part.width));
     const Part same = mine();
     store_outputs<Cut, kGated>(acc, p.outputs, staging, same.slab, same.first_row, same.end_row);
@@ -360,51 +364,45 @@ __device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int ex
 
 template <typename Cut, bool kGated>
 __global__ void __launch_bounds__(kThreads<Cut>, 1)
-    grouped_gemm(const __grid_constant__ Problem p, const __grid_constant__ TokenMaps maps) {
+    grouped_gemm(const __grid_constant__ Problem p, const __grid_constant__ TokenMaps<Cut> maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const uint32_t barriers = shared_address(&shared<Cut>().barriers);
-  int* offsets = shared<Cut>().plan;
-  int* first_tiles = offsets + p.experts + 1;
-
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.rows16, &maps.rows32, &maps.rows64}) prefetch_map(map);
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
       init_barrier(barriers + 8 * (kMaxStages + s), kWarps * Cut::kSlabs);
     }
     show_barriers();
   }
+  __syncthreads();
   // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
   // done: the offsets are there (in L2, not to be taken from L1), the tokens may not be.
   if constexpr (kGated) wait_for_previous_kernel();
   let_next_kernel_start();
-  for (int e = threadIdx.x; e <= p.experts; e += kThreads<Cut>) {
-    offsets[e] = load_from_l2(p.offsets + e);
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const int width = plan<Cut>(offsets, first_tiles, p.experts);
-    if (threadIdx.x == 0) shared<Cut>().widest = width;
-  }
-  __syncthreads();
-
-  const Walk<Cut> walk(offsets, first_tiles, p.experts, p.n / kSlabRows,
-                       static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-  const Ring ring(shared_address(shared<Cut>().ring), Block<Cut>::kRingBytes, barriers,
-                  stage_bytes<Cut>(shared<Cut>().widest));
   // What setmaxnreg shares out is what the block was launched with; it waits for ever for more.
   constexpr int kLaunched = (1 << 16) / kThreads<Cut> / 8 * 8;
   static_assert(Cut::kSlabs * Block<Cut>::kConsumerRegisters + Block<Cut>::kProducerRegisters <=
                 (Cut::kSlabs + 1) * kLaunched);
   if (warpgroup == Cut::kSlabs) {
-    give_registers_back<Block<Cut>::kProducerRegisters>();
-    if (one_lane()) {
-      produce<Cut, kGated>(p, maps, ring, walk, threadIdx.x % kWarpgroup / 32);
+    const int thread = threadIdx.x % kWarpgroup;
+    int* offsets = shared<Cut>().plan;
+    int* first_tiles = offsets + p.experts + 1;
+    if (thread < Cut::kMaxTokens / kTokenBox) prefetch_map(&maps.of_height[thread]);
+    for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
+    sync_warpgroup();
+    if (thread < 32) {
+      const int width = plan<Cut>(offsets, first_tiles, p.experts);
+      if (thread == 0) shared<Cut>().widest = width;
     }
+    sync_warpgroup();
+    give_registers_back<Block<Cut>::kProducerRegisters>();
+    const Walk<Cut> walk(offsets, first_tiles, p.experts, p.n / kSlabRows,
+                         static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    if (one_lane()) produce<Cut, kGated>(p, maps, make_ring<Cut>(barriers), walk, thread / 32);
   } else {
     take_registers<Block<Cut>::kConsumerRegisters>();
-    consume<Cut, kGated>(p, ring, walk, warpgroup);
+    consume<Cut, kGated>(p, barriers, warpgroup);
   }
 #endif
 }

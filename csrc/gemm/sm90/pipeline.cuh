@@ -31,14 +31,16 @@ MEGAMOE_HD constexpr int stage_bytes(int width) {
 
 // Tokens as TMA leaves them with 128-byte swizzle, rows of 64 bf16, eight of them to a pattern: the low
 // half of their descriptor, which counts 16 bytes, and the high half, which is the same for all.
-__device__ __forceinline__ uint32_t token_descriptor(uint32_t shared_address) {
+__device__ __forceinline__ uint32_t low_descriptor(uint32_t shared_address) {
   constexpr uint32_t kUnused = 1 << 16;
-  return kUnused | (shared_address & 0x3FFFF) >> 4;
+  return kUnused | shared_address >> 4;
 }
 constexpr uint64_t kSwizzle128 = 1ull << 62;
 constexpr uint64_t kPatternStride = static_cast<uint64_t>(1024 >> 4) << 32;
 
 constexpr int kMaxStages = 8;
+// A tile has two stages or more, so that no more tiles than these are in the ring or being stored.
+constexpr int kMaxTiles = kMaxStages;
 
 struct Barriers {
   uint64_t full[kMaxStages];   // one arrival, and the bytes of a stage
@@ -52,7 +54,9 @@ class Ring {
       : memory_(memory), barriers_(barriers), stage_bytes_(stage_bytes),
         stages_(min(kMaxStages, nbytes / stage_bytes)) {}
 
-  __device__ uint32_t stage() const { return memory_ + stage_ * stage_bytes_; }
+  __device__ uint32_t memory() const { return memory_; }
+  __device__ uint32_t offset() const { return stage_ * stage_bytes_; }
+  __device__ uint32_t stage() const { return memory_ + offset(); }
   __device__ uint32_t full() const { return barriers_ + 8 * stage_; }
   __device__ uint32_t empty() const { return full() + 8 * kMaxStages; }
   __device__ void wait_full() const { wait(full(), phase_); }

@@ -29,6 +29,9 @@ __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_syn
 // True in one lane of a warp, and known to be so to the compiler.
 __device__ __forceinline__ bool one_lane() { return cute::elect_one_sync(); }
 
+// Of the one warpgroup of a block that calls it.
+__device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
 template <int registers>
 __device__ __forceinline__ void give_registers_back() {
   cutlass::arch::warpgroup_reg_dealloc<registers>();
@@ -152,7 +155,7 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const uint32_
 
 __device__ __forceinline__ float power_of_2(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -160,6 +163,25 @@ __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// 0 where it is less than 2^-126: ptxas adds five instructions to reciprocal() for what is there.
+__device__ __forceinline__ float reciprocal_of_1_and_more(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 }  // namespace megamoe::sm90

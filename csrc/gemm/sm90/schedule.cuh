@@ -18,8 +18,8 @@ MEGAMOE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 MEGAMOE_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // How a GEMM is cut. Few rows an expert, and memory is the bound: the order is by expert, token tile and
-// slab, and every block has an equal share of it, to a slab. A tile's slabs may be of two token tiles:
-// fewer than it could have take almost as long as all. Many rows, and the tensor cores are the bound:
+// slab, and every block has an equal share of it, to a slab. A tile's slabs may be of two token tiles.
+// Many rows, and the tensor cores are the bound:
 // tiles are numbered by expert, slabs and token tile, so that blocks that run at the same time share
 // weights while those are in L2, and block b takes tiles b, b + blocks, b + 2 * blocks ...
 template <int slabs, int max_tokens, bool shares>
@@ -43,8 +43,9 @@ MEGAMOE_HD int tile_width(int rows) {
   return ceil_div(rows, token_tiles<Cut>(rows) * kTokenStep) * kTokenStep;
 }
 
-// Rows that are loaded for a tile of this width: boxes have a multiple of 16.
-MEGAMOE_HD constexpr int loaded_rows(int width) { return ceil_div(width, 16) * 16; }
+// Rows that are loaded for a tile of this width, in one box.
+constexpr int kTokenBox = 16;
+MEGAMOE_HD constexpr int loaded_rows(int width) { return ceil_div(width, kTokenBox) * kTokenBox; }
 
 // Slabs of a tile that are of one token tile.
 struct Part {
@@ -54,6 +55,11 @@ struct Part {
   int width;
   int slab;       // the first
   int slabs;
+};
+
+struct Tile {
+  Part first;
+  Part second;  // no slabs if the tile has but one part
 };
 
 // Walks through one block's tiles. offsets[L + 1] are the experts' first rows, first_tiles[L + 1]
@@ -100,7 +106,7 @@ class Walk {
     if constexpr (Cut::kShares) {
       token_tile = index < slabs_ ? 0 : index / slabs_;
       slab = index - token_tile * slabs_;
-      slabs = min_of(end_ - index_, slabs_ - slab);
+      slabs = min_of(next_slabs(), slabs_ - slab);
     } else {
       const int group = tiles == 1 ? index : index / tiles;
       token_tile = index - group * tiles;
@@ -118,9 +124,10 @@ class Walk {
     if constexpr (Cut::kShares) {
       Walk rest = *this;
       rest.index_ += first.slabs;
-      if (first.slabs < Cut::kSlabs && rest.valid()) {
+      const int slabs = next_slabs() - first.slabs;
+      if (slabs > 0 && rest.valid()) {
         Part part = rest.first();
-        part.slabs = min_of(part.slabs, Cut::kSlabs - first.slabs);
+        part.slabs = min_of(part.slabs, slabs);
         return part;
       }
     }
@@ -128,6 +135,13 @@ class Walk {
   }
 
  private:
+  // Of a share: slabs of its next tile. As few tiles as there can be, and even: a lone slab takes longer
+  // than a quarter of four.
+  MEGAMOE_HD int next_slabs() const {
+    const int left = end_ - index_;
+    return ceil_div(left, ceil_div(left, Cut::kSlabs));
+  }
+
   // Steps of the index that a token tile is worth.
   MEGAMOE_HD int of_token_tile() const {
     return Cut::kShares ? slabs_ : ceil_div(slabs_, Cut::kSlabs);

@@ -8,7 +8,10 @@ namespace megamoe::sm90 {
 alignas(1024) uint8_t shared_memory[kSharedBytes];
 
 template <typename Cut, bool kGated>
-void run(const Problem& p, const TokenMaps& maps, int blocks) {
+void run(const Problem& p, const uint16_t* rows, int64_t all_rows, int blocks) {
+  TokenMaps<Cut> maps;
+  int height = 0;
+  for (CUtensorMap& map : maps.of_height) map = {rows, all_rows, p.k, height += kTokenBox};
   host_cuda::launch(blocks, kThreads<Cut>, reinterpret_cast<int*>(shared_memory),
                     shared_bytes<Cut>(p.experts), kSharedBytes,
                     [&] { grouped_gemm<Cut, kGated>(p, maps); });
@@ -30,9 +33,7 @@ extern "C" void grouped_gemm_on_host(
   const Problem problem = {
       weights, offsets, row_scales, {out, gated ? n / 2 : n, alpha, input_scale, clamp}, experts, n, k,
   };
-  const auto map = [&](int box_rows) { return CUtensorMap{rows, all_rows, k, box_rows}; };
-  const TokenMaps maps = {map(16), map(32), map(64)};
   const auto kernel = gated ? few ? run<Few, true> : run<Many, true>
                             : few ? run<Few, false> : run<Many, false>;
-  kernel(problem, maps, blocks);
+  kernel(problem, rows, all_rows, blocks);
 }

@@ -49,6 +49,11 @@ inline uint32_t uniform(uint32_t x) {
   return all;
 }
 inline bool one_lane() { return threadIdx.x % 32 == 5; }
+inline void sync_warpgroup() {
+  static host_cuda::Meeting meeting;
+  meeting.size = 128;
+  host_cuda::meet(meeting, threadIdx.x % 128, 0);
+}
 template <int registers>
 void give_registers_back() {}
 template <int registers>
@@ -190,5 +195,8 @@ inline void store_transposed(uint32_t address, const uint32_t (&m)[4]) {
 
 inline float power_of_2(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
+inline float reciprocal_of_1_and_more(float x) { return 1.0f / x; }
+inline float min_or_nan(float x, float y) { return x > y ? y : x; }
+inline float max_or_nan(float x, float y) { return x < y ? y : x; }
 
 }  // namespace megamoe::sm90
