@@ -89,8 +89,8 @@ KERNELS = {
     # csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens
     # take; tests/unit/test_sass.py counts the instructions.
     "H200": GemmKernels(
-        GemmTiles(128, 48, 8, 132, 26, 152, shares=True),
-        GemmTiles(256, 176, 8, 132, 26, 314),
+        GemmTiles(128, 48, 8, 132, 26, 142, shares=True),
+        GemmTiles(256, 176, 8, 132, 26, 296),
         lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
         fused=True,
     ),

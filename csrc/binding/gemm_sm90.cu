@@ -45,13 +45,15 @@ int num_sms(int device) {
   return count;
 }
 
-template <typename Cut, bool kGated>
+template <typename Cut>
 void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device, int64_t stream) {
   const CurrentDevice current(device);
   TokenMaps<Cut> maps;
   int rows = 0;
-  for (CUtensorMap& map : maps.of_height) map = map_tokens(tokens, all_rows, problem.k, rows += kTokenBox);
-  const auto kernel = grouped_gemm<Cut, kGated>;
+  for (CUtensorMap& map : maps.of_height) {
+    map = map_tokens(tokens, all_rows, problem.k, rows += kTokenBox);
+  }
+  const auto kernel = grouped_gemm<Cut>;
   // The most, whatever this call needs: the limit is the function's, and threads may launch at once.
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<Cut>()),
@@ -69,13 +71,6 @@ void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device
   check(cudaLaunchKernelEx(&config, kernel, problem, maps), "grouped_gemm");
 }
 
-template <bool kGated>
-void launch(const Problem& problem, int64_t tokens, int64_t all_rows, bool few, int device,
-            int64_t stream) {
-  const auto of_cut = few ? launch<Few, kGated> : launch<Many, kGated>;
-  of_cut(problem, tokens, all_rows, device, stream);
-}
-
 template <typename T>
 T* at(int64_t address) {
   return reinterpret_cast<T*>(address);
@@ -90,14 +85,13 @@ void gemm_sm90_l1(int64_t rows, int64_t row_scales, int64_t offsets, int64_t wei
   const Problem problem = {
       at<const uint8_t>(weights),
       at<const int32_t>(offsets),
-      at<const float>(row_scales),
-      {at<__nv_bfloat16>(out), n / 2, at<const float>(alpha), at<const float>(input_scale),
-       static_cast<float>(clamp)},
+      {true, at<__nv_bfloat16>(out), n / 2, at<const float>(row_scales), at<const float>(alpha),
+       at<const float>(input_scale), static_cast<float>(clamp)},
       static_cast<int>(experts),
       static_cast<int>(n),
       static_cast<int>(k),
   };
-  launch<true>(problem, rows, all_rows, few, static_cast<int>(device), stream);
+  (few ? launch<Few> : launch<Many>)(problem, rows, all_rows, static_cast<int>(device), stream);
 }
 
 // h bf16 [R, I], offsets int32 [L + 1], weights packed with n = H and k = I, alpha fp32 [L],
@@ -108,13 +102,12 @@ void gemm_sm90_l2(int64_t h, int64_t offsets, int64_t weights, int64_t alpha, in
   const Problem problem = {
       at<const uint8_t>(weights),
       at<const int32_t>(offsets),
-      nullptr,
-      {at<__nv_bfloat16>(out), n, at<const float>(alpha), nullptr, 0},
+      {false, at<__nv_bfloat16>(out), n, nullptr, at<const float>(alpha), nullptr, 0},
       static_cast<int>(experts),
       static_cast<int>(n),
       static_cast<int>(k),
   };
-  launch<false>(problem, h, all_rows, few, static_cast<int>(device), stream);
+  (few ? launch<Few> : launch<Many>)(problem, h, all_rows, static_cast<int>(device), stream);
 }
 
 }  // namespace

@@ -22,8 +22,10 @@ constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 
 struct Outputs {
+  bool gated;                // L1: weight rows are gate and up, and SwiGLU makes one output of two
   __nv_bfloat16* out;        // [R, row_elements]
   int64_t row_elements;
+  const float* row_scales;   // L1: [R]
   const float* alpha;        // L1: [L, 2]; L2: [L]
   const float* input_scale;  // L1: [L], or null
   float clamp;               // L1; infinity for none
@@ -39,16 +41,19 @@ struct Staging {
 };
 
 // Starts to fetch what store_outputs() needs beside the accumulators, which takes them a while.
-template <typename Cut, bool kGated>
-__device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o,
-                                             const float* row_scales, int expert, int rows) {
+template <typename Cut>
+__device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o, const Part& part) {
   const int lane = threadIdx.x % 32;
-  if constexpr (kGated) {
-    for (int t = lane; t < rows; t += 32) copy_float(&s.row_scales[t], row_scales + t);
-    if (lane < 2) copy_float(&s.alpha[lane], o.alpha + 2 * expert + lane);
-    if (lane == 2 && o.input_scale != nullptr) copy_float(&s.input_scale, o.input_scale + expert);
+  if (o.gated) {
+    for (int t = lane; t < part.end_row - part.first_row; t += 32) {
+      copy_float(&s.row_scales[t], o.row_scales + part.first_row + t);
+    }
+    if (lane < 2) copy_float(&s.alpha[lane], o.alpha + 2 * part.expert + lane);
+    if (lane == 2 && o.input_scale != nullptr) {
+      copy_float(&s.input_scale, o.input_scale + part.expert);
+    }
   } else {
-    if (lane == 0) copy_float(&s.alpha[0], o.alpha + expert);
+    if (lane == 0) copy_float(&s.alpha[0], o.alpha + part.expert);
   }
 }
 
@@ -97,8 +102,8 @@ struct BlockScale {
 // A thread's tokens of a chunk, which it has an output of in each strip.
 constexpr int kTokens = kChunk / 4;
 
-// A block of 16 is the eight outputs of a warp in one strip, in lanes that differ in bits 2 to 4, then those
-// in the other.
+// A block of 16 is the eight outputs of a warp in one strip, in lanes that differ in bits 2 to 4, then
+// those in the other.
 __device__ __forceinline__ void requantise(float (&h)[kTokens][2], float global_scale,
                                            float over_six) {
   uint32_t largest[kTokens];  // bits; NaN is above infinity
@@ -119,18 +124,17 @@ __device__ __forceinline__ void requantise(float (&h)[kTokens][2], float global_
   }
 }
 
-// Stores this warp's outputs of slab `slab` for tokens first_row to end_row.
+// Stores this warp's outputs of the part's first slab.
 template <typename Cut, bool kGated>
 __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 2], const Outputs& o,
-                                              Staging<Cut>& s, int slab, int first_row,
-                                              int end_row) {
+                                              Staging<Cut>& s, const Part& part) {
   constexpr int kSlabOutputs = kGated ? kSlabRows / 2 : kSlabRows;
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
   const int matrix = lane / 8;  // of four that are transposed together, the one that a lane points to
   const uint32_t staged = shared_address(s.rows);
-  __nv_bfloat16* out = o.out + slab * kSlabOutputs + 16 * warp;
+  __nv_bfloat16* out = o.out + part.slab * kSlabOutputs + 16 * warp;
 
   wait_floats();
   __syncwarp();
@@ -141,8 +145,8 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
 
 #pragma unroll
   for (int chunk = 0; chunk < Cut::kMaxTokens / kChunk; ++chunk) {
-    const int row = first_row + chunk * kChunk;
-    if (row >= end_row) break;
+    const int row = part.first_row + chunk * kChunk;
+    if (row >= part.end_row) break;
     if constexpr (kGated) {
       // All tokens' at a time, so that none waits for another's shuffles and quotients.
       float h[kTokens][2];  // [token][strip]
@@ -160,7 +164,10 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
       if (quantised) requantise(h, global_scale, over_six);
       uint32_t pairs[2][2];  // [8 tokens][strip], two tokens each
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i / 2][i % 2] = pair_of(h[i / 2 * 2][i % 2], h[i / 2 * 2 + 1][i % 2]);
+      for (int i = 0; i < 4; ++i) {
+        const int t = i / 2 * 2, strip = i % 2;
+        pairs[i / 2][strip] = pair_of(h[t][strip], h[t + 1][strip]);
+      }
       store_transposed(staged + (8 * (matrix / 2) + lane % 8) * kStagedRow + 16 * (matrix % 2),
                        {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
     } else {
@@ -189,7 +196,7 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
       const int to_row = row + token + 32 / kPieces * i;
-      if (to_row < end_row) {
+      if (to_row < part.end_row) {
         const int at = kGated ? 8 * piece : 64 * (piece / 2) + 8 * (piece % 2);
         *reinterpret_cast<uint4*>(out + to_row * o.row_elements + at) = eight[i];
       }

@@ -60,9 +60,8 @@ struct TokenMaps {
 };
 
 struct Problem {
-  const uint8_t* weights;   // [L, N/128, K/64, kSlabBlockBytes]
-  const int32_t* offsets;   // [L + 1]
-  const float* row_scales;  // [R], L1 only
+  const uint8_t* weights;  // [L, N/128, K/64, kSlabBlockBytes]
+  const int32_t* offsets;  // [L + 1]
   Outputs outputs;
   int experts;
   int n;
@@ -188,13 +187,10 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
           load(here + kSlabBlockBytes);
           ring.advance();
         } else {
-          // In the last stage something, for nothing: registers are moved where loads are chosen.
-          uint32_t next = here;
-          if (stage + 1 < stages) {
-            ring.wait_full();
-            next = ring.offset();
-          }
-          load(next);
+          // After the last stage, for nothing, the first of the next tile or what says that there is none:
+          // a choice would take instructions.
+          ring.wait_full();
+          load(ring.offset());
         }
       }
       pin(acc[0]);
@@ -241,15 +237,15 @@ __device__ __forceinline__ Ring make_ring(uint32_t barriers) {
               stage_bytes<Cut>(shared<Cut>().widest));
 }
 
-// The producer warp that tells consumers of a tile, and how much of a stage to wait for. It must not be one
-// that can bring nothing at all, unless it is this: late by a turn of the ring, it would take one turn for
-// another and nobody would notice. Warp 0 always brings weights, the last two tokens.
+// The producer warp that tells consumers of a tile, and how much of a stage to wait for. Of all four it is
+// the one that can bring nothing at all: late by a turn of the ring, such a one would take one turn for
+// another, and nobody would notice. Warp 0 always brings weights, the last two tokens.
 constexpr int kTeller = 1;
 
 // A producer warp, of which one thread works. Consumers wait for every instruction of its scheduler, so
 // the four share each stage: warp w brings the weights of slab w, if there is one; the last two also a
 // block each of the first part's tokens, and the first two of the second's.
-template <typename Cut, bool kGated>
+template <typename Cut>
 __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& maps, Ring ring,
                                         Walk<Cut> walk, int warp) {
   constexpr int kOfSecond = kWarps - kStageBlocks;
@@ -275,7 +271,7 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
     const uint8_t* from = p.weights + static_cast<int64_t>(slab) * of_slab;
     const Part part = of_first ? first : second;
     const bool brings_tokens = part.slabs > 0;
-    if (!kGated && brings_tokens) wait_for_previous_kernel();  // L1 may still be at work on them
+    if (!p.outputs.gated && brings_tokens) wait_for_previous_kernel();  // L1 may be at work on them
     const CUtensorMap* map = &maps.of_height[(part.width - 1) / kTokenBox];
     const int to_tokens = tokens_at<Cut>(!of_first) + block * token_block_bytes(part.width);
 #pragma unroll 1
@@ -300,7 +296,17 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
   }
 }
 
-template <typename Cut, bool kGated>
+// What a warpgroup has of a tile: from its own slab on, if `slabs` is not below 1.
+__device__ __forceinline__ Part part_of(const Tile& tile, int warpgroup) {
+  const int of_second = warpgroup - tile.first.slabs;
+  Part part = of_second < 0 ? tile.first : tile.second;
+  const int before = of_second < 0 ? warpgroup : of_second;
+  part.slab += before;
+  part.slabs -= before;
+  return part;
+}
+
+template <typename Cut>
 __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int warpgroup) {
   Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
   const int stages = p.k / kStageK;
@@ -310,16 +316,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int
     ring.wait_full();
     const Tile& tile = shared<Cut>().tiles[turn];
     if (tile.first.slabs == 0) break;
-    // This warpgroup's slab, which is read anew for the epilogue.
-    const auto mine = [&] {
-      const int of_second = warpgroup - tile.first.slabs;
-      Part part = of_second < 0 ? tile.first : tile.second;
-      const int before = of_second < 0 ? warpgroup : of_second;
-      part.slab += before;
-      part.slabs -= before;
-      return part;
-    };
-    const Part part = mine();
+    const Part part = part_of(tile, warpgroup);
     if (part.slabs <= 0) {
       for (int stage = 0; stage < stages; ++stage) {
         ring.wait_full();
@@ -329,13 +326,16 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int
       }
       continue;
     }
-    fetch_scales<Cut, kGated>(staging, p.outputs, p.row_scales + part.first_row, part.expert,
-                              part.end_row - part.first_row);
+    fetch_scales<Cut>(staging, p.outputs, part);
     Accumulators<Cut> acc;
     accumulate<Cut>(acc, ring, tokens_at<Cut>(warpgroup >= tile.first.slabs), stages,
                     uniform(part.width));
-    const Part same = mine();
-    store_outputs<Cut, kGated>(acc, p.outputs, staging, same.slab, same.first_row, same.end_row);
+    const Part same = part_of(tile, warpgroup);  // anew, so that it takes no registers meanwhile
+    if (p.outputs.gated) {
+      store_outputs<Cut, true>(acc, p.outputs, staging, same);
+    } else {
+      store_outputs<Cut, false>(acc, p.outputs, staging, same);
+    }
   }
 }
 
@@ -362,7 +362,8 @@ __device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int ex
   return __reduce_max_sync(~0u, widest);
 }
 
-template <typename Cut, bool kGated>
+// L1 and L2 are one kernel, as one's instructions are then at hand when the other begins.
+template <typename Cut>
 __global__ void __launch_bounds__(kThreads<Cut>, 1)
     grouped_gemm(const __grid_constant__ Problem p, const __grid_constant__ TokenMaps<Cut> maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -378,7 +379,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   __syncthreads();
   // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
   // done: the offsets are there (in L2, not to be taken from L1), the tokens may not be.
-  if constexpr (kGated) wait_for_previous_kernel();
+  if (p.outputs.gated) wait_for_previous_kernel();
   let_next_kernel_start();
   // What setmaxnreg shares out is what the block was launched with; it waits for ever for more.
   constexpr int kLaunched = (1 << 16) / kThreads<Cut> / 8 * 8;
@@ -399,10 +400,10 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     give_registers_back<Block<Cut>::kProducerRegisters>();
     const Walk<Cut> walk(offsets, first_tiles, p.experts, p.n / kSlabRows,
                          static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    if (one_lane()) produce<Cut, kGated>(p, maps, make_ring<Cut>(barriers), walk, thread / 32);
+    if (one_lane()) produce<Cut>(p, maps, make_ring<Cut>(barriers), walk, thread / 32);
   } else {
     take_registers<Block<Cut>::kConsumerRegisters>();
-    consume<Cut, kGated>(p, barriers, warpgroup);
+    consume<Cut>(p, barriers, warpgroup);
   }
 #endif
 }

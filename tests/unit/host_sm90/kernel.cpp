@@ -7,14 +7,14 @@ namespace megamoe::sm90 {
 
 alignas(1024) uint8_t shared_memory[kSharedBytes];
 
-template <typename Cut, bool kGated>
+template <typename Cut>
 void run(const Problem& p, const uint16_t* rows, int64_t all_rows, int blocks) {
   TokenMaps<Cut> maps;
   int height = 0;
   for (CUtensorMap& map : maps.of_height) map = {rows, all_rows, p.k, height += kTokenBox};
   host_cuda::launch(blocks, kThreads<Cut>, reinterpret_cast<int*>(shared_memory),
                     shared_bytes<Cut>(p.experts), kSharedBytes,
-                    [&] { grouped_gemm<Cut, kGated>(p, maps); });
+                    [&] { grouped_gemm<Cut>(p, maps); });
   expect(copies.empty(), "copies are still on their way");
 }
 
@@ -25,15 +25,14 @@ using namespace megamoe::sm90;
 // As gemm_sm90_l1 and gemm_sm90_l2 of the library, with row_scales for L1 alone, by so many blocks; one
 // producer warp may be slow.
 extern "C" void grouped_gemm_on_host(
-    bool gated, bool few, int blocks, unsigned seed, int slow_producer, const uint16_t* rows, const float* row_scales,
-    const int32_t* offsets, const uint8_t* weights, const float* alpha, const float* input_scale,
+    bool gated, bool few, int blocks, unsigned seed, int slow_producer, const uint16_t* rows,
+    const float* row_scales, const int32_t* offsets, const uint8_t* weights, const float* alpha, const float* input_scale,
     float clamp, __nv_bfloat16* out, int64_t all_rows, int experts, int n, int k) {
   dice.seed(seed);
   slow_warp = slow_producer < 0 ? -1 : 4 * (few ? Few::kSlabs : Many::kSlabs) + slow_producer;
   const Problem problem = {
-      weights, offsets, row_scales, {out, gated ? n / 2 : n, alpha, input_scale, clamp}, experts, n, k,
+      weights, offsets, {gated, out, gated ? n / 2 : n, row_scales, alpha, input_scale, clamp},
+      experts, n, k,
   };
-  const auto kernel = gated ? few ? run<Few, true> : run<Many, true>
-                            : few ? run<Few, false> : run<Many, false>;
-  kernel(problem, rows, all_rows, blocks);
+  (few ? run<Few> : run<Many>)(problem, rows, all_rows, blocks);
 }
