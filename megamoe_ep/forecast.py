@@ -32,8 +32,10 @@ class GemmTiles:
         least_width: what tiles of fewer tokens take as long as, in the tensor cores.
         instructions: that a scheduler issues for a tile and 64 of k, tensor cores' aside. They are
             not overlapped: both want the register file, as csrc/gemm/sm90/gemm.cuh says.
-        shares: a block takes as many tiles as every other, give or take one, that follow one
-            another. Else block b takes tiles b, b + blocks, b + 2 * blocks ...
+        run: 0, and block b takes tiles b, b + blocks, b + 2 * blocks ... Else a block takes as many
+            as every other, give or take one, that follow one another, half of them or so of an
+            expert with wide tiles and half of one with narrow ones, in multiples of this.
+        alike: widths up to this take the same time, and experts need no pairing.
     """
 
     weight_rows: int
@@ -42,7 +44,8 @@ class GemmTiles:
     blocks: int
     least_width: int = 0
     instructions: int = 0
-    shares: bool = False
+    run: int = 0
+    alike: int = 0
 
     def of_expert(self, rows: float) -> tuple[int, int]:
         """How many token tiles an expert with so many rows has, and their width."""
@@ -53,10 +56,29 @@ class GemmTiles:
             return tiles, self.max_tokens
         return tiles, math.ceil(rows / tiles / self.token_step) * self.token_step
 
+    def in_order(self, experts: list[tuple[int, float, int]]) -> list[float]:
+        """Seconds of all tiles in their order, of experts' width, seconds of one and number."""
+        if not self.run:
+            return [seconds for _, seconds, count in experts for _ in range(count)]
+        most = math.ceil(sum(count for _, _, count in experts) / self.blocks)
+        wide_run = min(most, math.ceil(most / (2 * self.run)) * self.run)
+        narrow_run = most - wide_run if max((e[0] for e in experts), default=0) > self.alike else 0
+        experts = sorted(experts, key=lambda expert: -expert[0])
+        order: list[float] = []
+        for place in range(math.ceil(len(experts) / 2)):
+            _, slow, wide = experts[place]
+            _, fast, narrow = experts[-1 - place]
+            if place == len(experts) - 1 - place:
+                narrow = 0
+            turns = min(wide // wide_run, narrow // narrow_run) if narrow_run else 0
+            order += ([slow] * wide_run + [fast] * narrow_run) * turns
+            order += [slow] * (wide - turns * wide_run) + [fast] * (narrow - turns * narrow_run)
+        return order
+
     def busiest_block(self, seconds: torch.Tensor) -> float:
         """Of tiles that take ``seconds`` each, fp64 [n]: what the block that takes longest does."""
         n = len(seconds)
-        if self.shares:
+        if self.run:
             share, more = divmod(n, self.blocks)
             sizes = [share + (block < more) for block in range(self.blocks)]
             return max(float(part.sum()) for part in torch.split(seconds, sizes))
@@ -89,7 +111,7 @@ KERNELS = {
     # csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens
     # take; tests/unit/test_sass.py counts the instructions.
     "H200": GemmKernels(
-        GemmTiles(128, 48, 8, 132, 26, 142, shares=True),
+        GemmTiles(128, 48, 8, 132, 26, 142, run=4, alike=16),
         GemmTiles(256, 176, 8, 132, 26, 296),
         lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
         fused=True,
@@ -169,7 +191,7 @@ def _tile_seconds(
     Token tiles of one expert run together and read its weights once; likewise with rows.
     """
     weight_tiles = math.ceil(matrix.n / tiles.weight_rows)
-    each: list[float] = []
+    experts = []
     for rows in expert_rows:
         token_tiles, width = tiles.of_expert(rows)
         if not token_tiles:
@@ -180,8 +202,8 @@ def _tile_seconds(
         multiplied = flops / ceilings.flop_per_s * tiles.blocks
         issued = tiles.instructions * matrix.k / 64 / ceilings.clock_hz
         read = nbytes / ceilings.copy_bytes_per_s * tiles.blocks
-        each += [max(read, multiplied + issued)] * count
-    return torch.tensor(each, dtype=torch.float64)
+        experts.append((width, max(read, multiplied + issued), count))
+    return torch.tensor(tiles.in_order(experts), dtype=torch.float64)
 
 
 # A routing that is not drawn yet

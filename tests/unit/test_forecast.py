@@ -111,9 +111,11 @@ def test_tiles_are_those_of_the_kernels():
     few, many = KERNELS["H200"].few, KERNELS["H200"].many
     cuts = dict(re.findall(r"using (\w+) = Cut<(\d+, \d+, \w+)>;", source))
     assert cuts == {
-        "Few": f"4, {few.max_tokens}, {few.shares}".lower(),
-        "Many": f"{many.weight_rows // 128}, {many.max_tokens}, {many.shares}".lower(),
+        "Few": f"{few.run}, {few.max_tokens}, true",
+        "Many": f"{many.weight_rows // 128}, {many.max_tokens}, false",
     }
+    assert many.run == 0
+    assert few.alike == int(constants["kAlike"])
     assert few.weight_rows == int(constants["kSlabRows"]) == 128
     assert few.token_step == many.token_step == int(constants["kTokenStep"])
     assert [many.of_expert(rows) for rows in (0, 1, 8, 9, 16, 17, 176, 177, 353)] == [
@@ -136,9 +138,9 @@ def test_tiles_are_those_of_the_kernels():
 def test_a_share_is_of_neighbours_and_a_round_of_one_tile_a_block():
     seconds = torch.tensor([9.0, 8, 1, 1, 1, 1, 1], dtype=torch.float64)
     tiles = GemmTiles(128, 48, 8, blocks=3)
-    assert replace(tiles, shares=True).busiest_block(seconds) == 9 + 8 + 1  # of 3, 2 and 2 tiles
+    assert replace(tiles, run=4).busiest_block(seconds) == 9 + 8 + 1  # of 3, 2 and 2 tiles
     assert tiles.busiest_block(seconds) == 9 + 1 + 1  # tiles 0, 3 and 6
-    for way in (tiles, replace(tiles, shares=True)):
+    for way in (tiles, replace(tiles, run=4)):
         assert way.busiest_block(seconds[:2]) == 9
         assert way.busiest_block(seconds[:0]) == 0
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megamoe_ep import nvfp4
+from megamoe_ep.forecast import KERNELS
 from megamoe_ep.kernels import cuda
 from megamoe_ep.prepack import sm90
 from megamoe_ep.shape import LayerShape
@@ -222,3 +223,23 @@ def test_the_cut_goes_by_the_rows_that_an_expert_can_expect():
         assert not cuda.cut_for_few(workspace.expert_offsets, len(workspace.rows))
         cuda.allocate_scratch(workspace, shape)
         assert cuda.cut_for_few(workspace.expert_offsets, len(workspace.rows)) == few
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_the_forecast_takes_slabs_in_the_scheduler_s_order(schedule, few):
+    tiles = KERNELS["H200"].few if few else KERNELS["H200"].many
+    for seed in range(60):
+        draw = torch.Generator().manual_seed(seed)
+        counts = row_counts(draw, seed)[:40]
+        slabs = schedule.slabs_of_tile(few) * int(torch.randint(1, 15, (), generator=draw))
+        _, parts = parts_of(schedule, few, counts, slabs, tiles.blocks)
+        block, tile, expert, *_, of_part = parts.unbind(1)
+        if few:
+            order = expert.repeat_interleave(of_part)
+        else:
+            order = expert[(tile * tiles.blocks + block).argsort()]
+        experts = []
+        for number, rows in enumerate(counts.tolist()):
+            token_tiles, width = tiles.of_expert(rows)
+            experts.append((width, float(number), token_tiles * slabs * 128 // tiles.weight_rows))
+        assert tiles.in_order(experts) == order.tolist()

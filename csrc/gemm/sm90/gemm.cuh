@@ -77,12 +77,12 @@ struct Shared {
   Barriers barriers;
   Tile tiles[kMaxTiles];                       // under way, in turn
   int widest;                                  // tile
-  int plan[1];                                 // offsets[L + 1], first_tiles[L + 1]
+  int plan[1];                                 // offsets[L + 1], first_tiles[L + 1], order[L]
 };
 
 template <typename Cut>
 MEGAMOE_HD constexpr int shared_bytes(int experts = Shared<Cut>::kMostExperts) {
-  return static_cast<int>(sizeof(Shared<Cut>)) + 8 * (experts + 1);
+  return static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 2);
 }
 static_assert(shared_bytes<Few>() <= 227 * 1024 && shared_bytes<Many>() <= 227 * 1024);
 
@@ -254,12 +254,13 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
   const int all_slabs = p.n / kSlabRows;
   const int of_slab = p.k / kStageK * kSlabStageBytes;
   int turn = 0;
-  for (; walk.valid(); walk.advance(), turn = (turn + 1) % kMaxTiles) {
-    const Part first = walk.first();
-    const Part second = walk.second(first);
+  while (walk.valid()) {
+    const Tile tile = walk.tile();
+    const Part& first = tile.first;
+    const Part& second = tile.second;
     if (warp == kTeller) {
       ring.wait_empty();
-      shared<Cut>().tiles[turn] = {first, second};
+      shared<Cut>().tiles[turn] = tile;
     }
     const uint32_t bytes = (first.slabs + second.slabs) * kSlabStageBytes +
                            kStageBlocks * (token_block_bytes(first.width) +
@@ -288,6 +289,8 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
       }
       ring.advance();
     }
+    walk.advance(tile);
+    turn = (turn + 1) % kMaxTiles;
   }
   if (warp == kTeller) {
     ring.wait_empty();
@@ -339,24 +342,61 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int
   }
 }
 
-// first_tiles[L + 1] from offsets[L + 1]; returns the widest tile's width. By one warp.
+// Fills in the experts' order from their rows. By one warp.
 template <typename Cut>
-__device__ __forceinline__ int plan(const int* offsets, int* first_tiles, int experts) {
+__device__ __forceinline__ void sort_by_width(const int* offsets, int* order, int experts) {
+  constexpr int kWidths = Cut::kMaxTokens / kTokenStep + 1;  // 0 is one
   const int lane = threadIdx.x % 32;
-  int sum = 0;
-  int widest = 8;
-  if (lane == 0) first_tiles[0] = 0;
+  const auto width_of = [&](int e) {
+    return e < experts ? tile_width<Cut>(offsets[e + 1] - offsets[e]) / kTokenStep : -1;
+  };
+  int next[kWidths] = {};  // place of the next expert with this width
   for (int base = 0; base < experts; base += 32) {
-    const int e = base + lane;
-    const int rows = e < experts ? offsets[e + 1] - offsets[e] : 0;
-    int tiles = token_tiles<Cut>(rows);
-    widest = max(widest, tile_width<Cut>(rows));
+    const int mine = width_of(base + lane);
+#pragma unroll
+    for (int width = 0; width < kWidths; ++width) {
+      next[width] += __popc(__ballot_sync(~0u, mine > width));
+    }
+  }
+  for (int base = 0; base < experts; base += 32) {
+    const int mine = width_of(base + lane);
+#pragma unroll
+    for (int width = 0; width < kWidths; ++width) {
+      const uint32_t same = __ballot_sync(~0u, mine == width);
+      if (mine == width) order[next[width] + __popc(same & ((1u << lane) - 1))] = base + lane;
+      next[width] += __popc(same);
+    }
+  }
+  __syncwarp();
+}
+
+// Fills in the plan from the offsets; returns the widest tile's width. By one warp.
+template <typename Cut>
+__device__ __forceinline__ int make_plan(const int* offsets, int* first_tiles, int* order,
+                                         int experts) {
+  const int lane = threadIdx.x % 32;
+  const int places = Cut::kShares ? pairs_of(experts) : experts;
+  const auto rows_of = [&](int e) { return offsets[e + 1] - offsets[e]; };
+  if constexpr (Cut::kShares) sort_by_width<Cut>(offsets, order, experts);
+  int sum = 0;
+  int widest = kTokenStep;
+  if (lane == 0) first_tiles[0] = 0;
+  for (int base = 0; base < places; base += 32) {
+    const int place = base + lane;
+    int tiles = 0;
+    if (place < places) {
+      const int rows = rows_of(Cut::kShares ? order[place] : place);  // the wide one of a pair
+      tiles = token_tiles<Cut>(rows);
+      widest = max(widest, tile_width<Cut>(rows));
+      const int other = experts - 1 - place;
+      if (Cut::kShares && other != place) tiles += token_tiles<Cut>(rows_of(order[other]));
+    }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(~0u, tiles, step);
       if (lane >= step) tiles += other;
     }
-    if (e < experts) first_tiles[e + 1] = sum + tiles;
+    if (place < places) first_tiles[place + 1] = sum + tiles;
     sum += __shfl_sync(~0u, tiles, 31);
   }
   return __reduce_max_sync(~0u, widest);
@@ -389,16 +429,17 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     const int thread = threadIdx.x % kWarpgroup;
     int* offsets = shared<Cut>().plan;
     int* first_tiles = offsets + p.experts + 1;
+    int* order = first_tiles + p.experts + 1;
     if (thread < Cut::kMaxTokens / kTokenBox) prefetch_map(&maps.of_height[thread]);
     for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
     sync_warpgroup();
     if (thread < 32) {
-      const int width = plan<Cut>(offsets, first_tiles, p.experts);
+      const int width = make_plan<Cut>(offsets, first_tiles, order, p.experts);
       if (thread == 0) shared<Cut>().widest = width;
     }
     sync_warpgroup();
     give_registers_back<Block<Cut>::kProducerRegisters>();
-    const Walk<Cut> walk(offsets, first_tiles, p.experts, p.n / kSlabRows,
+    const Walk<Cut> walk({offsets, first_tiles, order}, p.experts, p.n / kSlabRows,
                          static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     if (one_lane()) produce<Cut>(p, maps, make_ring<Cut>(barriers), walk, thread / 32);
   } else {

@@ -17,11 +17,11 @@ constexpr int kTokenStep = 8;  // wgmma's widths are multiples of it
 MEGAMOE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 MEGAMOE_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
-// How a GEMM is cut. Few rows an expert, and memory is the bound: the order is by expert, token tile and
-// slab, and every block has an equal share of it, to a slab. A tile's slabs may be of two token tiles.
-// Many rows, and the tensor cores are the bound:
-// tiles are numbered by expert, slabs and token tile, so that blocks that run at the same time share
-// weights while those are in L2, and block b takes tiles b, b + blocks, b + 2 * blocks ...
+// How a GEMM is cut. Few rows an expert, and memory is the bound or nearly: every block has an equal share
+// of all slabs, to one slab, and a share is of two experts, one with wide tiles and one with narrow ones,
+// so that all take about as long. Many rows, and the tensor cores are the bound: tiles are numbered by
+// expert, slabs and token tile, so that blocks that run at the same time share weights while those are in
+// L2, and block b takes tiles b, b + blocks, b + 2 * blocks ...
 template <int slabs, int max_tokens, bool shares>
 struct Cut {
   static constexpr int kSlabs = slabs;           // of a tile
@@ -62,20 +62,30 @@ struct Tile {
   Part second;  // no slabs if the tile has but one part
 };
 
-// Walks through one block's tiles. offsets[L + 1] are the experts' first rows, first_tiles[L + 1]
-// the sums of their token tiles. Little is kept, since it is kept in registers: what belongs to a
-// tile is worked out when it is asked for.
+// What Walk goes by.
+struct Plan {
+  const int* offsets;      // [L + 1]: the experts' first rows
+  const int* first_tiles;  // sums of token tiles: of experts, [L + 1], or of pairs, [ceil(L / 2) + 1]
+  const int* order;        // [L], for pairs: the experts, those with wide tiles first
+};
+
+// Experts are paired from both ends of their order.
+MEGAMOE_HD constexpr int pairs_of(int experts) { return ceil_div(experts, 2); }
+
+// Walks through one block's tiles.
 template <typename Cut>
 class Walk {
  public:
-  MEGAMOE_HD Walk(const int* offsets, const int* first_tiles, int experts, int slabs, int block,
-                  int blocks)
-      : offsets_(offsets), first_tiles_(first_tiles), experts_(experts), slabs_(slabs) {
+  MEGAMOE_HD Walk(const Plan& plan, int experts, int slabs, int block, int blocks)
+      : plan_(plan), experts_(experts), slabs_(slabs) {
     if constexpr (Cut::kShares) {
-      const int all = first_tiles[experts] * slabs;
+      const int all = plan.first_tiles[pairs_of(experts)] * slabs;
       const int share = all / blocks, more = all % blocks;  // the first blocks take one more
       index_ = share * block + min_of(block, more);
       end_ = index_ + share + (block < more);
+      const int most = share + (more > 0);
+      wide_run_ = min_of(most, ceil_div(most, 2 * Cut::kSlabs) * Cut::kSlabs);
+      narrow_run_ = rows_of(plan.order[0]) > kAlike ? most - wide_run_ : 0;
     } else {
       index_ = block;
       end_ = blocks;
@@ -85,61 +95,84 @@ class Walk {
   // Whether there is a tile here.
   MEGAMOE_HD bool valid() {
     if (Cut::kShares && index_ >= end_) return false;
-    while (expert_ < experts_ && index_ >= first_tiles_[expert_ + 1] * of_token_tile()) ++expert_;
-    return expert_ < experts_;
+    const int places = Cut::kShares ? pairs_of(experts_) : experts_;
+    while (place_ < places && index_ >= plan_.first_tiles[place_ + 1] * of_token_tile()) ++place_;
+    return place_ < places;
   }
 
-  MEGAMOE_HD void advance() {
+  MEGAMOE_HD Tile tile() const {
+    const int index = index_ - plan_.first_tiles[place_] * of_token_tile();
     if constexpr (Cut::kShares) {
-      const Part part = first();
-      index_ += part.slabs + second(part).slabs;
-    } else {
-      index_ += end_;
-    }
-  }
-
-  MEGAMOE_HD Part first() const {
-    const int before = first_tiles_[expert_];
-    const int tiles = first_tiles_[expert_ + 1] - before;
-    const int index = index_ - before * of_token_tile();
-    int token_tile, slab, slabs;
-    if constexpr (Cut::kShares) {
-      token_tile = index < slabs_ ? 0 : index / slabs_;
-      slab = index - token_tile * slabs_;
-      slabs = min_of(next_slabs(), slabs_ - slab);
-    } else {
-      const int group = tiles == 1 ? index : index / tiles;
-      token_tile = index - group * tiles;
-      slab = group * Cut::kSlabs;
-      slabs = slabs_ - slab;
-    }
-    const int end = offsets_[expert_ + 1];
-    const int width = tile_width<Cut>(end - offsets_[expert_]);
-    const int row = offsets_[expert_] + token_tile * width;
-    return {expert_, row, min_of(row + width, end), width, slab, min_of(slabs, Cut::kSlabs)};
-  }
-
-  // What the tile has beside its first part; no slabs if nothing.
-  MEGAMOE_HD Part second(const Part& first) const {
-    if constexpr (Cut::kShares) {
+      const Run run = run_at(index);
+      const int left = min_of(run.slabs, end_ - index_);
+      // As few tiles as there can be, and even: a lone slab takes longer than a quarter of four.
+      const Part first = part_of(run, ceil_div(left, ceil_div(left, Cut::kSlabs)));
       Walk rest = *this;
       rest.index_ += first.slabs;
-      const int slabs = next_slabs() - first.slabs;
-      if (slabs > 0 && rest.valid()) {
-        Part part = rest.first();
-        part.slabs = min_of(part.slabs, slabs);
-        return part;
-      }
+      if (left >= Cut::kSlabs || first.slabs < left || !rest.valid()) return {first, {}};
+      const Run next = rest.run_at(rest.index_ - plan_.first_tiles[rest.place_] * slabs_);
+      const int room = min_of(Cut::kSlabs - first.slabs, rest.end_ - rest.index_);
+      return {first, part_of(next, min_of(next.slabs, room))};
+    } else {
+      const int tiles = plan_.first_tiles[place_ + 1] - plan_.first_tiles[place_];
+      const int group = tiles == 1 ? index : index / tiles;
+      const int slab = group * Cut::kSlabs;
+      return {part(place_, index - group * tiles, slab, min_of(slabs_ - slab, Cut::kSlabs)), {}};
     }
-    return {};
+  }
+
+  MEGAMOE_HD void advance(const Tile& tile) {
+    index_ += Cut::kShares ? tile.first.slabs + tile.second.slabs : end_;
   }
 
  private:
-  // Of a share: slabs of its next tile. As few tiles as there can be, and even: a lone slab takes longer
-  // than a quarter of four.
-  MEGAMOE_HD int next_slabs() const {
-    const int left = end_ - index_;
-    return ceil_div(left, ceil_div(left, Cut::kSlabs));
+  static constexpr int kAlike = 16;  // rows: tiles of so few take the same time
+
+  // Slabs of one expert that follow one another, counted over its token tiles.
+  struct Run {
+    int expert;
+    int begin;
+    int slabs;
+  };
+
+  MEGAMOE_HD int rows_of(int expert) const {
+    return plan_.offsets[expert + 1] - plan_.offsets[expert];
+  }
+
+  // From the pair's slab of this number on. Wide and narrow runs are in turn as long as there are both.
+  MEGAMOE_HD Run run_at(int index) const {
+    const int last = experts_ - 1 - place_;
+    const int wide = plan_.order[place_], narrow = plan_.order[last];
+    const int of_wide = token_tiles<Cut>(rows_of(wide)) * slabs_;
+    const int of_narrow = last == place_ ? 0 : token_tiles<Cut>(rows_of(narrow)) * slabs_;
+    const int both = wide_run_ + narrow_run_;
+    int turns = 0, turn = 0;
+    if (narrow_run_ > 0) {
+      turns = min_of(of_wide / wide_run_, of_narrow / narrow_run_);
+      turn = min_of(index / both, turns);
+    }
+    const int wide_begin = turn * wide_run_, narrow_begin = turn * narrow_run_;
+    const int wide_end = turn < turns ? wide_begin + wide_run_ : of_wide;
+    const int narrow_end = turn < turns ? narrow_begin + narrow_run_ : of_narrow;
+    const int at = index - turn * both;
+    const int in_wide = wide_begin + at;
+    if (in_wide < wide_end) return {wide, in_wide, wide_end - in_wide};
+    const int in_narrow = narrow_begin + in_wide - wide_end;
+    return {narrow, in_narrow, narrow_end - in_narrow};
+  }
+
+  // Of a run's first slabs, at most so many, what is of one token tile.
+  MEGAMOE_HD Part part_of(const Run& run, int slabs) const {
+    const int token_tile = run.begin < slabs_ ? 0 : run.begin / slabs_;
+    const int slab = run.begin - token_tile * slabs_;
+    return part(run.expert, token_tile, slab, min_of(slabs, slabs_ - slab));
+  }
+
+  MEGAMOE_HD Part part(int expert, int token_tile, int slab, int slabs) const {
+    const int begin = plan_.offsets[expert], end = plan_.offsets[expert + 1];
+    const int width = tile_width<Cut>(end - begin);
+    const int row = begin + token_tile * width;
+    return {expert, row, min_of(row + width, end), width, slab, slabs};
   }
 
   // Steps of the index that a token tile is worth.
@@ -147,13 +180,14 @@ class Walk {
     return Cut::kShares ? slabs_ : ceil_div(slabs_, Cut::kSlabs);
   }
 
-  const int* offsets_;
-  const int* first_tiles_;
+  Plan plan_;
   int experts_;
   int slabs_;  // of an expert
   int index_;
-  int end_;  // or how far it is to the next tile
-  int expert_ = 0;
+  int end_;        // or how far it is to the next tile
+  int place_ = 0;  // of the expert, or of the pair
+  int wide_run_ = 0;
+  int narrow_run_ = 0;  // 0: no turns
 };
 
 }  // namespace megamoe::sm90

@@ -195,6 +195,8 @@ T __shfl_xor_sync(uint32_t, T value, int mask) {
   return host_cuda::from_bits<T>(host_cuda::exchange(value)[host_cuda::lane() ^ mask]);
 }
 
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
 inline uint32_t __ballot_sync(uint32_t, int predicate) {
   const uint64_t* all = host_cuda::exchange(predicate != 0);
   uint32_t bits = 0;
