@@ -185,6 +185,7 @@ def check(
         ((9, 177, 40, 3), 128, 256, math.inf),
         ((0, 0), 128, 128, math.inf),
         (tuple(range(1, 177, 8)), 128, 128, math.inf),  # every width
+        (tuple(e * 7 % 19 for e in range(70)), 128, 128, math.inf),  # sorted 32 at a time
     ],
 )
 def test_what_the_portable_kernels_give(kernel, counts, hidden, inter, clamp, between, few):
@@ -211,6 +212,13 @@ def test_drawn_loads(kernel):
 def test_a_producer_may_be_slow(kernel, slow, few):
     """By turns of the ring, also one that often has nothing to bring: lone slabs of 128 rows."""
     check(kernel, (9,), 128, 2560, "bf16", few=few, blocks=1, slow_producer=slow)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_tiles_of_one_stage(kernel, few):
+    """So many in the ring at a time that a tile's description is the first to be written over."""
+    for seed in range(6):
+        check(kernel, (8,) * 40, 128, 128, "bf16", few=few, blocks=1, seed=seed)
 
 
 @pytest.mark.parametrize("between", ["bf16", "nvfp4"])

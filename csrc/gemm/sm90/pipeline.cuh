@@ -39,8 +39,8 @@ constexpr uint64_t kSwizzle128 = 1ull << 62;
 constexpr uint64_t kPatternStride = static_cast<uint64_t>(1024 >> 4) << 32;
 
 constexpr int kMaxStages = 8;
-// A tile has two stages or more, so that no more tiles than these are in the ring or being stored.
-constexpr int kMaxTiles = kMaxStages;
+// A tile may have one stage, of 128 of k: so many tiles in the ring, and one that is being stored.
+constexpr int kMaxTiles = kMaxStages + 1;
 
 struct Barriers {
   uint64_t full[kMaxStages];   // one arrival, and the bytes of a stage

@@ -29,6 +29,7 @@ extern "C" void grouped_gemm_on_host(
     const float* row_scales, const int32_t* offsets, const uint8_t* weights, const float* alpha, const float* input_scale,
     float clamp, __nv_bfloat16* out, int64_t all_rows, int experts, int n, int k) {
   dice.seed(seed);
+  pauses.seed(seed);
   slow_warp = slow_producer < 0 ? -1 : 4 * (few ? Few::kSlabs : Many::kSlabs) + slow_producer;
   const Problem problem = {
       weights, offsets, {gated, out, gated ? n / 2 : n, row_scales, alpha, input_scale, clamp},

@@ -97,11 +97,15 @@ inline void init_barrier(uint32_t address, uint32_t arrivals) {
 
 inline void show_barriers() {}
 
+inline std::minstd_rand pauses;
+
+// Now and then others get far before the thread goes on.
 inline void arrive(uint32_t address) {
   Barrier& barrier = barrier_at(address);
   expect(barrier.missing > 0, "an arrival too many");
   --barrier.missing;
   barrier.look();
+  for (int pause = pauses() % 64 == 0 ? 300 : 0; pause > 0; --pause) host_cuda::yield();
 }
 
 inline void arrive_and_expect(uint32_t address, uint32_t bytes) {
