@@ -52,8 +52,8 @@ __device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o, 
     if (lane == 2 && o.input_scale != nullptr) {
       copy_float(&s.input_scale, o.input_scale + part.expert);
     }
-  } else {
-    if (lane == 0) copy_float(&s.alpha[0], o.alpha + part.expert);
+  } else if (lane == 0) {
+    copy_float(&s.alpha[0], o.alpha + part.expert);
   }
 }
 

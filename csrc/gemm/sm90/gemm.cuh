@@ -293,6 +293,8 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
     turn = (turn + 1) % kMaxTiles;
   }
   if (warp == kTeller) {
+    // Also without a tile: L2 must not end, and let what follows write over offsets, while L1 is at work.
+    wait_for_previous_kernel();
     ring.wait_empty();
     shared<Cut>().tiles[turn] = {};
     arrive(ring.full());

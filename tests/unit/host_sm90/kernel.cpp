@@ -12,9 +12,17 @@ void run(const Problem& p, const uint16_t* rows, int64_t all_rows, int blocks) {
   TokenMaps<Cut> maps;
   int height = 0;
   for (CUtensorMap& map : maps.of_height) map = {rows, all_rows, p.k, height += kTokenBox};
+  // A block that never does could end, and let what follows begin, before the kernel ahead has.
+  const auto expect_wait = [] { expect(waits > 0, "did not wait for the kernel ahead"); };
+  host_cuda::before_block = [&](int block) {
+    if (block > 0) expect_wait();
+    waits = 0;
+  };
   host_cuda::launch(blocks, kThreads<Cut>, reinterpret_cast<int*>(shared_memory),
                     shared_bytes<Cut>(p.experts), kSharedBytes,
                     [&] { grouped_gemm<Cut>(p, maps); });
+  expect_wait();
+  host_cuda::before_block = [](int) {};
   expect(copies.empty(), "copies are still on their way");
 }
 
@@ -26,8 +34,9 @@ using namespace megamoe::sm90;
 // producer warp may be slow.
 extern "C" void grouped_gemm_on_host(
     bool gated, bool few, int blocks, unsigned seed, int slow_producer, const uint16_t* rows,
-    const float* row_scales, const int32_t* offsets, const uint8_t* weights, const float* alpha, const float* input_scale,
-    float clamp, __nv_bfloat16* out, int64_t all_rows, int experts, int n, int k) {
+    const float* row_scales, const int32_t* offsets, const uint8_t* weights, const float* alpha,
+    const float* input_scale, float clamp, __nv_bfloat16* out, int64_t all_rows, int experts, int n,
+    int k) {
   dice.seed(seed);
   pauses.seed(seed);
   slow_warp = slow_producer < 0 ? -1 : 4 * (few ? Few::kSlabs : Many::kSlabs) + slow_producer;
