@@ -107,7 +107,8 @@ def row_counts(model: ModelShape, tokens: int, skew: float, draw: torch.Generato
 
 @dataclass
 class InputSet:
-    """Rows by expert in NVFP4's values, as dispatch leaves them, and room for the results."""
+    """Rows by expert in NVFP4's values, as dispatch leaves them but for the order of their columns,
+    and room for the results."""
 
     counts: torch.Tensor
     rows: torch.Tensor

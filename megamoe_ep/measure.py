@@ -283,13 +283,13 @@ def layer_steps(
 ) -> dict[str, Call]:
     """The phases of one call, to be called in their order; no GEMMs without ``weights``."""
     comm, work = comm_kernels(buffer.device), buffer.workspace
+    gemm = gemm_kernels("portable" if weights is None else weights.l1.layout)
     n = len(tokens.x)
     found: dict[str, Call] = {
         "stage": lambda: comm.stage(tokens.x, tokens.topk_idx, tokens.topk_weights, buffer, n),
-        "dispatch": lambda: comm.dispatch(buffer, combine=combine),
+        "dispatch": lambda: comm.dispatch(buffer, combine=combine, columns=gemm.COLUMNS),
     }
     if weights is not None:
-        gemm = gemm_kernels(weights.l1.layout)
         found["l1"] = lambda: gemm.l1(
             work.rows,
             work.row_scales,

@@ -149,7 +149,7 @@ def nvfp4_mega_moe(
         buffer.workspace,
     )
     with phase("dispatch", buffer.device, timer):
-        comm.dispatch(buffer, combine=combine, recv_stats=stats)
+        comm.dispatch(buffer, combine=combine, recv_stats=stats, columns=gemm.COLUMNS)
     with phase("l1", buffer.device, timer):
         gemm.l1(
             work.rows,

@@ -31,7 +31,8 @@ MASK_WORDS = 4  # of 64 bits: the ranks that an abort record blames
 class Workspace:
     """Memory of one rank that no other rank sees.
 
-    ``rows`` is what L1 reads and, once L1 is done with it, what L2 writes.
+    ``rows`` is what L1 reads and, once L1 is done with it, what L2 writes. What L1 and L2 read has
+    its columns in the order that these want.
     """
 
     rows: torch.Tensor  # bf16 [R, H], R = world_size * max_num_tokens * top_k

@@ -87,8 +87,8 @@ void comm_stage(int64_t view, int64_t x, int64_t topk_idx, int64_t topk_weights,
   Launcher(v, stream).run("stage_tokens", stage_tokens, stage_shared_bytes(), v, arguments);
 }
 
-void comm_dispatch(int64_t view, bool with_weights, int64_t stats, int64_t stats_bytes,
-                   int64_t stream) {
+void comm_dispatch(int64_t view, bool with_weights, bool by_lane, int64_t stats,
+                   int64_t stats_bytes, int64_t stream) {
   const View& v = view_at(view);
   const Launcher launcher(v, stream);
   const bool count_here = v.world_size * v.max_tokens * v.top_k <= kCountHere;

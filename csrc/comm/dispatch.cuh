@@ -313,9 +313,29 @@ __device__ __forceinline__ void place_rows(int* entry, int count, int* next) {
   }
 }
 
+// Rows by lane (megamoe_ep/prepack/sm90.py: column_order): piece 4b + x of eight pieces of 8 elements has
+// pair x of pieces b, 2 + b, 4 + b and 6 + b of the plain row. Which of those lane 4b + c is to load:
+__device__ __forceinline__ int piece_by_lane(int piece) {
+  return (piece & ~7) + 2 * (piece % 4) + piece / 4 % 2;
+}
+
+// Then lanes of four exchange: word c of lane x becomes word x of lane c.
+__device__ __forceinline__ void exchange_pairs(uint4& piece) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const auto swap = [](uint32_t& low, uint32_t& other, bool second, int lanes) {
+    const uint32_t got = __shfl_xor_sync(~0u, second ? low : other, lanes);
+    (second ? low : other) = got;
+  };
+  swap(piece.x, piece.y, odd, 1);
+  swap(piece.z, piece.w, odd, 1);
+  swap(piece.x, piece.z, high, 2);
+  swap(piece.y, piece.w, high, 2);
+}
+
 // Must have as many blocks as dispatch_count, unless it does the counting itself (`count_here`).
 __global__ void __launch_bounds__(kThreads, 2)
-    dispatch_expand(const __grid_constant__ View v, int count_here, void* stats, int stats_bytes) {
+    dispatch_expand(const __grid_constant__ View v, int count_here, int by_lane, void* stats,
+                    int stats_bytes) {
   extern __shared__ int shared[];
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
@@ -390,13 +410,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       const uint32_t here = __ballot_sync(~0u, row >= 0);
       const int from = part * 32 * kPieces + lane;
 
+      const int load_from = by_lane ? piece_by_lane(from) : from;
       uint4 piece[kPieces];
       if (v.nvfp4) {
         uint32_t codes[kPieces];
         uint32_t scale[kPieces];
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          const int at = from + 32 * i;
+          const int at = load_from + 32 * i;
           codes[i] = at < pieces ? load_4(x + token * x_bytes + at * 4) : 0;
           scale[i] = at < pieces ? load_1(sf + token * sf_bytes + at / 2) : 0;
         }
@@ -405,9 +426,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       } else {
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          const int at = from + 32 * i;
+          const int at = load_from + 32 * i;
           if (at < pieces) piece[i] = load_16(x + token * x_bytes + at * 16);
         }
+      }
+      if (by_lane) {
+#pragma unroll
+        for (uint4& mine : piece) exchange_pairs(mine);
       }
       for (uint32_t left = here; left; left &= left - 1) {
         char* to = rows + __shfl_sync(~0u, row, __ffs(left) - 1) * row_bytes;

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megamoe_ep.symm_buffer import KernelState, SymmBuffer, Workspace
 
 WeightLayout = Literal["portable", "sm90", "sm100"]
+# Of the rows that L1 and L2 read: as they are, or as megamoe_ep/prepack/sm90.py says.
+ColumnOrder = Literal["plain", "by lane"]
 
 _GEMM_MODULES = {"portable": "portable", "sm90": "cuda", "sm100": "cuda_sm100"}
 _LAYOUT_OF_CAPABILITY: dict[tuple[int, int], WeightLayout] = {(9, 0): "sm90", (10, 0): "sm100"}
@@ -51,7 +53,8 @@ def weight_layout(device: torch.device) -> WeightLayout:
 
 
 def gemm_kernels(layout: WeightLayout) -> ModuleType:
-    """The module whose ``l1`` and ``l2`` read weights in ``layout``."""
+    """The module whose ``l1`` and ``l2`` read weights in ``layout``, and rows with their columns in
+    the order of its ``COLUMNS``."""
     if layout not in _GEMM_MODULES:
         raise ArgumentError(
             f"the weights' layout must be 'portable', 'sm90' or 'sm100'; got {layout!r}. Make the "

@@ -1,8 +1,9 @@
 """csrc's grouped GEMMs for Hopper: launched on the current stream, waited for by nobody.
 
-Same arguments as in ``portable``, and its results but for the order of fp32 additions. A row's bits
-depend on that row and on its expert's weights alone, and are the same at every run. Nothing here
-allocates or waits for the device, so calls can be captured in a CUDA graph.
+Same arguments as in ``portable``, and its results but for two things: the order of fp32 additions,
+and that of the columns of ``rows`` and of ``h``, which is ``COLUMNS``. A row's bits depend on that
+row and on its expert's weights alone, and are the same at every run. Nothing here allocates or
+waits for the device, so calls can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import WeightLayout, library
+from megamoe_ep.kernels import ColumnOrder, WeightLayout, library
 from megamoe_ep.prepack import MAX_EXPERTS
 from megamoe_ep.weights import KernelWeights
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megamoe_ep.shape import LayerShape
     from megamoe_ep.symm_buffer import Workspace
 
+COLUMNS: ColumnOrder = "by lane"  # prepack.sm90.column_order
 FEW_ROWS = 40  # of an expert, from which on the GEMMs are cut for many: docs/performance.md
 _ALIGNMENT = 16  # bytes; TMA takes addresses and copies of no less
 

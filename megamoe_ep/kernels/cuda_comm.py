@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import library
+from megamoe_ep.kernels import ColumnOrder, library
 from megamoe_ep.kernels.portable import combined_differently
 from megamoe_ep.symm_buffer import SymmBuffer
 
@@ -153,12 +153,16 @@ def stage(
     )
 
 
-def dispatch(buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | None = None) -> None:
+def dispatch(
+    buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | None = None,
+    columns: ColumnOrder = "plain",
+) -> None:  # fmt: skip
     """See ``portable.dispatch``."""
     state = _state(buffer)
     state.functions.comm_dispatch(
         state.view,
         combine == "fast",
+        columns == "by lane",
         0 if recv_stats is None else recv_stats.data_ptr(),
         0 if recv_stats is None else recv_stats.element_size(),
         _stream(buffer),

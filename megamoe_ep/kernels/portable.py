@@ -15,9 +15,12 @@ import torch
 
 from megamoe_ep import nvfp4
 from megamoe_ep.errors import ArgumentError, LayerMismatchError
+from megamoe_ep.kernels import ColumnOrder
+from megamoe_ep.prepack.sm90 import column_order
 from megamoe_ep.symm_buffer import PHASES, SymmBuffer
 from megamoe_ep.weights import KernelWeights
 
+COLUMNS: ColumnOrder = "plain"
 EPOCH_MASK = 0xFFFF_FFFF
 
 
@@ -80,7 +83,10 @@ def _static_scales(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
 # Dispatch
 
 
-def dispatch(buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | None = None) -> None:
+def dispatch(
+    buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | None = None,
+    columns: ColumnOrder = "plain",
+) -> None:  # fmt: skip
     """Sends each staged token once to each rank that owns one of its experts; receives likewise.
 
     Opens a new call (epoch). Fills the workspace's ``rows``, ``row_scales``, ``row_slot`` and
@@ -90,6 +96,8 @@ def dispatch(buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | Non
     Args:
         combine: "exact" or "fast"; the weights of the slots travel for "fast" only.
         recv_stats: int32 or int64 [L], the rows of each local expert are added to it.
+        columns: their order in ``rows``, which the GEMMs' module gives as ``COLUMNS``. "by lane"
+            needs H to be a multiple of 64.
 
     Raises:
         PeerTimeoutError: a rank did not dispatch within the deadline.
@@ -108,6 +116,10 @@ def dispatch(buffer: SymmBuffer, *, combine: str, recv_stats: torch.Tensor | Non
         counts.append((r, len(token)))
     _raise_flags(buffer, "dispatch", counts)
     _lay_out_rows(buffer, _wait_for_flags(buffer, "dispatch"), recv_stats)
+    if columns == "by lane":
+        work, rows = buffer.workspace, int(buffer.workspace.expert_offsets[-1])
+        order = column_order(shape.hidden_size, buffer.device)
+        work.rows[:rows] = work.rows[:rows, order]
 
 
 def travelling_regions(activation_format: str, combine: str) -> tuple[str, ...]:

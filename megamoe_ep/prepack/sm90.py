@@ -1,20 +1,26 @@
 """The weights of csrc/gemm/sm90: codes in the order of ``wgmma``'s A fragment, scales beside them.
 
-The kernel multiplies weights (A, m64k16, from registers) with tokens (B). What a thread needs for
-four steps of k, 16 each, is one 16-byte load of codes and one of scales. ``codes`` is uint8
-[L, N/128, K/64, 4608]: for every 128 rows ("slab") and 64 columns, 4096 bytes of codes and 512 of
-scales. Words are little-endian.
+The kernel multiplies weights (A, m64k16, from registers) with tokens (B), and a thread has all 16
+columns of a scale: four a step of k, in four steps. For each stage of 128 columns it needs two
+16-byte loads of codes for either block of 64, and one of 8 bytes of scales. ``codes`` is uint8
+[L, N/128, K/128, 9216]: for every 128 rows ("slab") and 128 columns, 4096 bytes of codes for each
+block, and 1024 of scales. Words are little-endian.
+
+Columns. Four threads share the rows of a fragment; thread c of them has the columns that wgmma
+takes for 2 * c, 2 * c + 1, 2 * c + 8 and 2 * c + 9 of a step, and they are of its own scale when
+column 16 * c + 4 * j + 2 * i + h of a block is at 16 * j + 8 * i + 2 * c + h. Rows of tokens have
+their columns in that order too, "by lane": ``column_order``.
 
 Codes. Strip mb (64 rows) and thread t of a warpgroup: 16 bytes at 2048 * mb + 16 * t, one word for
 each step j. With warp w = t / 32, lane l = t % 32, c = l % 4, the thread's rows of the strip are
 r = 16 * w + l / 4 and r + 8. Its registers hold two columns each, h = 0, 1, the even one in the low
 half of the word and of the register:
 
-    register   row     column within the step   sign at    magnitude at
-    a0         r       2 * c + h                15         8, 7, 6
-    a1         r + 8   2 * c + h                12         5, 4, 3
-    a2         r       2 * c + 8 + h            2*         11, 10, 9
-    a3         r + 8   2 * c + 8 + h            0          14*, 13*, 1
+    register   row     column of the block      sign at    magnitude at
+    a0         r       16 * c + 4 * j + h       15         8, 7, 6
+    a1         r + 8   16 * c + 4 * j + h       12         5, 4, 3
+    a2         r       16 * c + 4 * j + 2 + h   2*         11, 10, 9
+    a3         r + 8   16 * c + 4 * j + 2 + h   0          14*, 13*, 1
 
 Bits are those of the 16-bit half of h, or with * of the other half. Bit 15 and 8..6 are where a
 bf16 has its sign, the two lowest bits of its exponent and the highest of its significand; so
@@ -22,12 +28,11 @@ masked, and a1 rotated left by 3, a2 right by 3, a code is a bf16 worth value * 
 included. a3 is what these leave: masked in a1's rotated word, shifted by 2, 7 and 12, the three
 added, and masked.
 
-Scales. For q = t / 4 there are 16 bytes at 4096 + 16 * q: words for (mb, p) = (0, 0), (0, 1),
-(1, 0), (1, 1). A word serves the steps 2 * p and 2 * p + 1:
+Scales. Thread t has 8 bytes at 8192 + 8 * t, a word for each block. It serves both strips:
 
-    step        row r      row r + 8
-    2 * p       11..4      27..20
-    2 * p + 1   the same, after rotating the word right by 8
+    strip   row r      row r + 8
+    0       11..4      27..20
+    1       the same, after rotating the word right by 8
 
 A scale's byte is e << 3 | m for 2**(e - 22) * (1 + m / 8), e from 13 to 30: UE4M3 with its
 subnormals made normal. (word & 0x0FF00FF0) | 0x70007000 is a pair of bf16 worth scale * 2**119, so
@@ -36,8 +41,8 @@ byte 0, and its block's magnitudes are stored as 0, which leaves the weights wha
 byte 0xFF, and is a NaN in bf16 as well.
 
 Rows. Those of L2 keep their order. Slab s of L1 holds gate and up of the intermediate elements from
-64 * s on, so that one thread has both of one element: row 16 * w + j of strip mb, j < 8, is gate of
-element 64 * s + 16 * w + 8 * mb + j, and the row eight below it is up.
+64 * s on, so that one thread has both of one element, and its strips two neighbours: row 16 * w + j
+of strip mb, j < 8, is gate of element 64 * s + 16 * w + 2 * j + mb, and the row eight below is up.
 """
 
 from __future__ import annotations
@@ -51,9 +56,10 @@ SIZE_MULTIPLE = 128  # of hidden and of intermediate size
 
 SLAB_ROWS = 128
 BLOCK_COLUMNS = 64
-CODE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // 2
-SCALE_BYTES = SLAB_ROWS * BLOCK_COLUMNS // nvfp4.BLOCK
-BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
+STAGE_COLUMNS = 128
+CODE_BYTES = SLAB_ROWS * STAGE_COLUMNS // 2
+SCALE_BYTES = SLAB_ROWS * STAGE_COLUMNS // nvfp4.BLOCK
+STAGE_BYTES = CODE_BYTES + SCALE_BYTES
 
 # Where a code's bits are, the sign first: in its half of a word, or from 16 on in the other half.
 _BITS_AT = ((15, 8, 7, 6), (12, 5, 4, 3), (16 + 2, 11, 10, 9), (0, 16 + 14, 16 + 13, 1))
@@ -72,7 +78,7 @@ def pack(
         gated: the rows are gate, then up, as L1's are.
 
     Returns:
-        uint8 [L, N/128, K/64, 4608], and an empty uint8 tensor where other layouts have scales.
+        uint8 [L, N/128, K/128, 9216], and an empty uint8 tensor where other layouts have scales.
 
     Raises:
         ArgumentError: N or K is not a multiple of 128, or a scale is negative.
@@ -86,7 +92,7 @@ def pack(
         )
     if (scales.view(torch.uint8) > _NAN).any():
         raise ArgumentError("scales must be positive or zero, as UE4M3 is; got a negative one.")
-    packed = codes.new_empty(experts, n // SLAB_ROWS, k // BLOCK_COLUMNS, BLOCK_BYTES)
+    packed = codes.new_empty(experts, n // SLAB_ROWS, k // STAGE_COLUMNS, STAGE_BYTES)
     order = row_order(n, gated, codes.device)
     recode = _recoded_scales(codes.device)
     for target, expert_codes, expert_scales in zip(packed, codes, scales, strict=True):
@@ -109,8 +115,8 @@ def unpack(
     Returns:
         uint8 [L, N, K/2] and float8_e4m3fn [L, N, K/16].
     """
-    experts, slabs, blocks, _ = codes.shape
-    n, k = slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS
+    experts, slabs, stages, _ = codes.shape
+    n, k = slabs * SLAB_ROWS, stages * STAGE_COLUMNS
     order = row_order(n, gated, codes.device)
     recode = _recoded_scales(codes.device)
     decode = torch.zeros(256, dtype=torch.uint8, device=codes.device)
@@ -127,9 +133,16 @@ def row_order(n: int, gated: bool, device: torch.device | str = "cpu") -> torch.
     """int64 [n]: the checkpoint's row that each packed row is."""
     if not gated:
         return torch.arange(n, device=device)
-    # Slab, warp, half of the strip, row of eight: element 64 * slab + 16 * warp + 8 * strip + row.
-    element = torch.arange(n // 2, device=device).view(n // SLAB_ROWS, 4, 2, 8).transpose(1, 2)
+    # Slab, warp, row of eight, strip: element 64 * slab + 16 * warp + 2 * row + strip.
+    element = torch.arange(n // 2, device=device).view(n // SLAB_ROWS, 4, 8, 2).movedim(3, 1)
     return torch.stack((element, element + n // 2), dim=3).flatten()
+
+
+def column_order(k: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """int64 [k]: the column of a plain row that each column of a row by lane is."""
+    # Block, thread of four, step, half of the step, two neighbours.
+    column = torch.arange(k, device=device).view(k // BLOCK_COLUMNS, 4, 4, 2, 2)
+    return column.permute(0, 2, 3, 1, 4).flatten()
 
 
 def _recoded_scales(device: torch.device) -> torch.Tensor:
@@ -141,54 +154,55 @@ def _recoded_scales(device: torch.device) -> torch.Tensor:
     return torch.cat((byte, torch.tensor([_PACKED_NAN]))).to(torch.uint8).to(device)
 
 
-# In what follows: S slabs of 2 strips of 4 warps of 2 x 8 rows; B blocks of 4 steps of 2 x 4 pairs
-# of columns.
+# In what follows: S slabs of 2 strips of 4 warps of 2 x 8 rows; G stages of 2 blocks of 4 threads'
+# columns, of 4 steps of 2 pairs.
 
 
 def _code_words(codes: torch.Tensor) -> torch.Tensor:
-    """Bytes [N, K/2], in packed row order, to int32 [S, B, strip, warp, row, pair, step]."""
+    """Bytes [N, K/2], in packed row order, to int32
+    [S, G, block, strip, warp, row, thread, step]."""
     n, half_k = codes.shape
-    byte = codes.view(n // SLAB_ROWS, 2, 4, 2, 8, 2 * half_k // BLOCK_COLUMNS, 4, 2, 4)
+    byte = codes.view(n // SLAB_ROWS, 2, 4, 2, 8, 2 * half_k // STAGE_COLUMNS, 2, 4, 4, 2)
     word: torch.Tensor | int = 0
     for register, places in enumerate(_BITS_AT):
-        pair = byte[:, :, :, register % 2, :, :, :, register // 2].int()
+        pair = byte[:, :, :, register % 2, ..., register // 2].int()
         for bit, at in zip((3, 2, 1, 0), places, strict=True):
             even, odd = pair >> bit & 1, pair >> bit + 4 & 1
             word = even << at | odd << (at + 16) % 32 | word
     assert isinstance(word, torch.Tensor)
-    return word.permute(0, 4, 1, 2, 3, 6, 5).contiguous()
+    return word.permute(0, 4, 5, 1, 2, 3, 6, 7).contiguous()
 
 
 def _codes_of_words(packed: torch.Tensor) -> torch.Tensor:
-    slabs, blocks, _ = packed.shape
-    word = packed.contiguous().view(torch.int32).view(slabs, blocks, 2, 4, 8, 4, 4)
-    word = word.permute(0, 2, 3, 4, 1, 6, 5)
-    byte = packed.new_zeros(slabs, 2, 4, 2, 8, blocks, 4, 2, 4)
+    slabs, stages, _ = packed.shape
+    word = packed.contiguous().view(torch.int32).view(slabs, stages, 2, 2, 4, 8, 4, 4)
+    word = word.permute(0, 3, 4, 5, 1, 2, 6, 7)
+    byte = packed.new_zeros(slabs, 2, 4, 2, 8, stages, 2, 4, 4, 2)
     for register, places in enumerate(_BITS_AT):
-        pair = byte[:, :, :, register % 2, :, :, :, register // 2]
+        pair = byte[:, :, :, register % 2, ..., register // 2]
         for bit, at in zip((3, 2, 1, 0), places, strict=True):
             even, odd = word >> at & 1, word >> (at + 16) % 32 & 1
             pair |= (even << bit | odd << bit + 4).to(torch.uint8)
-    return byte.view(slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS // 2)
+    return byte.view(slabs * SLAB_ROWS, stages * STAGE_COLUMNS // 2)
 
 
 def _scale_words(scales: torch.Tensor) -> torch.Tensor:
-    """Packed bytes [N, K/16], in packed row order, to int32 [S, B, warp, row, strip, two steps]."""
+    """Packed bytes [N, K/16], in packed row order, to int32 [S, G, warp, row, thread, block]."""
     n, columns = scales.shape
-    byte = scales.int().view(n // SLAB_ROWS, 2, 4, 2, 8, columns // 4, 2, 2)
-    # By half of the warp's rows, and step of the two: [S, strip, warp, row, B, two steps].
-    (low_0, low_1), (high_0, high_1) = (byte[:, :, :, half].unbind(-1) for half in range(2))
+    byte = scales.int().view(n // SLAB_ROWS, 2, 4, 2, 8, columns // 8, 2, 4)
+    # By half of the warp's rows, and strip: [S, warp, row, G, block, thread].
+    (low_0, high_0), (low_1, high_1) = (strip.unbind(2) for strip in byte.unbind(1))
     word = low_0 << 4 | high_0 << 20 | low_1 << 12 | high_1 << 28 | high_1 >> 4
-    return word.permute(0, 4, 2, 3, 1, 5).contiguous()
+    return word.permute(0, 3, 1, 2, 5, 4).contiguous()
 
 
 def _scales_of_words(packed: torch.Tensor) -> torch.Tensor:
-    slabs, blocks, _ = packed.shape
-    word = packed.contiguous().view(torch.int32).view(slabs, blocks, 4, 8, 2, 2)
-    word = word.permute(0, 4, 2, 3, 1, 5)
-    byte = packed.new_empty(slabs, 2, 4, 2, 8, blocks, 2, 2)
-    byte[:, :, :, 0, ..., 0] = word >> 4 & 255
-    byte[:, :, :, 0, ..., 1] = word >> 12 & 255
-    byte[:, :, :, 1, ..., 0] = word >> 20 & 255
-    byte[:, :, :, 1, ..., 1] = word >> 28 & 15 | (word & 15) << 4
-    return byte.view(slabs * SLAB_ROWS, blocks * BLOCK_COLUMNS // nvfp4.BLOCK)
+    slabs, stages, _ = packed.shape
+    word = packed.contiguous().view(torch.int32).view(slabs, stages, 4, 8, 4, 2)
+    word = word.permute(0, 2, 3, 1, 5, 4)
+    byte = packed.new_empty(slabs, 2, 4, 2, 8, stages, 2, 4)
+    byte[:, 0, :, 0] = word >> 4 & 255
+    byte[:, 1, :, 0] = word >> 12 & 255
+    byte[:, 0, :, 1] = word >> 20 & 255
+    byte[:, 1, :, 1] = word >> 28 & 15 | (word & 15) << 4
+    return byte.view(slabs * SLAB_ROWS, stages * STAGE_COLUMNS // nvfp4.BLOCK)

@@ -145,6 +145,7 @@ def test_every_arrow_equals_the_portable_one(group, buffers, sizes, form):
         ours.input_global_scale = theirs.input_global_scale = torch.tensor([0.0031], device="cuda")
     for seed in range(6):
         combine = COMBINES[seed % 2]
+        columns = "by lane" if seed % 3 and shape.hidden_size % 64 == 0 else "plain"
         tokens = tokens_of(shape, group.rank, seed)
         n = tokens[0]
         stats = [torch.ones(shape.experts_per_rank, dtype=torch.int64).cuda() for _ in range(2)]
@@ -152,7 +153,7 @@ def test_every_arrow_equals_the_portable_one(group, buffers, sizes, form):
              for _ in range(2)]  # fmt: skip
         for kernels, buffer, counted in zip((comm(), portable), (ours, theirs), stats, strict=True):
             kernels.stage(*tokens[1:], buffer, n)
-            kernels.dispatch(buffer, combine=combine, recv_stats=counted)
+            kernels.dispatch(buffer, combine=combine, recv_stats=counted, columns=columns)
         torch.cuda.synchronize()
         ours.check()
         for name in ("x", "x_sf", "x_scales", "topk_idx", "topk_weights", "num_tokens"):

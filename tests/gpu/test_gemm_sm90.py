@@ -13,6 +13,7 @@ import torch
 from megamoe_ep import nvfp4, transform_weights_for_nvfp4_mega_moe
 from megamoe_ep.errors import ArgumentError
 from megamoe_ep.kernels import cuda, library, portable
+from megamoe_ep.prepack.sm90 import column_order
 from megamoe_ep.weights import KernelWeights
 
 
@@ -154,6 +155,10 @@ def check_written(out: torch.Tensor, count: int) -> None:
     assert poison[last:].all(), "something past the rows was written"
 
 
+def by_lane(rows: torch.Tensor) -> torch.Tensor:
+    return rows[:, column_order(rows.shape[1], "cuda")]
+
+
 def run_l1(layer: Layer, tokens: Tokens, kernels=cuda) -> torch.Tensor:
     layout = "sm90" if kernels is cuda else "portable"
     h = poisoned(len(tokens.rows), layer.intermediate)
@@ -179,17 +184,18 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def check_layer(layer: Layer, tokens: Tokens) -> None:
     between = "bf16" if layer.input_scale is None else "nvfp4"
     count = tokens.count
-    h = run_l1(layer, tokens)
+    h = run_l1(layer, dataclasses.replace(tokens, rows=by_lane(tokens.rows)))
     check_written(h, count)
     out = run_l2(layer, h, tokens.offsets)
     check_written(out, count)
+    h = h[:, column_order(layer.intermediate, "cuda").argsort()]
     expected_h = run_l1(layer, tokens, portable)
     expected = run_l2(layer, expected_h, tokens.offsets, portable)
     assert expected[:count].isfinite().all()
     assert difference(h[:count], expected_h[:count]) <= TOLERANCE[between]
     assert difference(out[:count], expected[:count]) <= TOLERANCE[between]
     # Of the same h, so that no difference of L1's hides one of L2's; and no expert's hides another.
-    alone = run_l2(layer, expected_h, tokens.offsets)
+    alone = run_l2(layer, by_lane(expected_h), tokens.offsets)
     for start, end in itertools.pairwise(tokens.offsets.tolist()):
         if end > start:
             assert difference(alone[start:end], expected[start:end]) <= TOLERANCE["bf16"]

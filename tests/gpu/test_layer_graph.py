@@ -73,7 +73,7 @@ def with_portable_exchange(layer: MegaMoE, buffer: SymmBuffer, tokens, combine: 
     work, gemm = buffer.workspace, gemm_kernels(layer.l1_weights.layout)
     buffer.input_global_scale = layer.input_global_scale
     portable.stage(x[:n], ids[:n], weights[:n], buffer, n)
-    portable.dispatch(buffer, combine=combine)
+    portable.dispatch(buffer, combine=combine, columns=gemm.COLUMNS)
     gemm.l1(
         work.rows, work.row_scales, work.expert_offsets, layer.l1_weights, layer.l1_alpha,
         input_scale=layer.l2_input_scale, clamp=None, out=work.h,

@@ -52,7 +52,7 @@ def kernels(tmp_path_factory):
     pointer, number = ctypes.c_void_p, ctypes.c_int
     loaded.run_stage.argtypes = [*[pointer] * 6, number]
     loaded.run_send.argtypes = [pointer, number]
-    loaded.run_expand.argtypes = [pointer, number, pointer, number]
+    loaded.run_expand.argtypes = [pointer, number, number, pointer, number]
     loaded.run_send_home.argtypes = [pointer, number]
     loaded.run_sum.argtypes = [pointer, number, pointer, number]
     loaded.run_sum_given_up.argtypes = [pointer, pointer, number, number]
@@ -137,8 +137,9 @@ class HostKernels:
     def send(self, combine: str) -> None:
         self._run("run_send", combine == "fast")
 
-    def expand(self, count_here: bool, stats: torch.Tensor) -> None:
-        self._run("run_expand", count_here, stats.data_ptr(), stats.element_size())
+    def expand(self, count_here: bool, stats: torch.Tensor, columns: str = "plain") -> None:
+        by_lane = columns == "by lane"
+        self._run("run_expand", count_here, by_lane, stats.data_ptr(), stats.element_size())
 
     def send_home(self, combine: str) -> None:
         self._run("run_send_home", combine == "exact")
@@ -170,7 +171,7 @@ def drawn_shape(draw: torch.Generator, world_size: int) -> LayerShape:
         num_experts=world_size * number(1, 6),
         max_num_tokens=number(1, 9) if number(0, 3) else 40,
         top_k=number(1, 8) if number(0, 9) else 32,
-        hidden_size=16 * number(1, 5),
+        hidden_size=16 * number(1, 5) if number(0, 1) else 64 * number(1, 18),
         intermediate_size=16,
         world_size=world_size,
         activation_format="nvfp4" if number(0, 3) else "bf16",
@@ -243,16 +244,23 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
         # Several calls on one buffer: what an earlier one left behind must not matter.
         for call in range(2):
             combine = "exact" if (routings + call) % 2 else "fast"
+            columns = (
+                "plain" if shape.hidden_size % 64 else ("plain", "by lane", "by lane")[routings % 3]
+            )
             tokens = [drawn_tokens(draw, shape) for _ in range(world_size)]
             outputs = [torch.full((shape.max_num_tokens, shape.hidden_size), 7.0).bfloat16()
                        for _ in range(2 * world_size)]  # fmt: skip
             stats = [torch.ones(shape.experts_per_rank, dtype=[torch.int32, torch.int64][call])
                      for _ in range(2 * world_size)]  # fmt: skip
 
-            def dispatch_portable(rank, tokens=tokens, combine=combine, stats=stats) -> None:
+            def dispatch_portable(
+                rank, tokens=tokens, combine=combine, stats=stats, columns=columns
+            ) -> None:
                 n, x, ids, weights = tokens[rank.rank]
                 portable.stage(x[:n], ids[:n], weights[:n], rank, n)
-                portable.dispatch(rank, combine=combine, recv_stats=stats[rank.rank])
+                portable.dispatch(
+                    rank, combine=combine, recv_stats=stats[rank.rank], columns=columns
+                )
 
             together(theirs, dispatch_portable)
             for r, (n, x, ids, weights) in enumerate(tokens):
@@ -263,7 +271,7 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
             for r in range(world_size):
                 cuda[r].send(combine)
             for r in range(world_size):
-                cuda[r].expand(bool(call), stats[world_size + r])
+                cuda[r].expand(bool(call), stats[world_size + r], columns)
 
             for r in range(world_size):
                 n, rows = tokens[r][0], int(theirs[r].workspace.expert_offsets[-1])

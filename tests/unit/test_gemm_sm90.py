@@ -54,14 +54,15 @@ def schedule(tmp_path_factory):
 
 
 def decoded(fragments: ctypes.CDLL, packed: torch.Tensor, gated: bool) -> torch.Tensor:
-    """Weights of one expert, fp32 [N, K], rows in the checkpoint's order."""
-    slabs, blocks, _ = packed.shape
-    weights = torch.full((128 * slabs, 64 * blocks), torch.nan)
+    """Weights of one expert, fp32 [N, K], rows and columns in the checkpoint's order."""
+    slabs, stages, _ = packed.shape
+    n, k = 128 * slabs, 128 * stages
+    weights = torch.full((n, k), torch.nan)
     fragments.decode_weights(
-        ctypes.c_void_p(packed.data_ptr()), slabs, blocks, ctypes.c_void_p(weights.data_ptr())
+        ctypes.c_void_p(packed.data_ptr()), slabs, stages, ctypes.c_void_p(weights.data_ptr())
     )
     in_order = torch.empty_like(weights)
-    in_order[sm90.row_order(len(weights), gated)] = weights
+    in_order[sm90.row_order(n, gated)[:, None], sm90.column_order(k)] = weights
     return in_order
 
 
@@ -71,7 +72,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_code_under_every_scale_comes_out_bit_for_bit(fragments, gated):
-    """All 16 codes under all 128 scales, NaN's included, in every register, step and half."""
+    """All 16 codes under all 128 scales, NaN's included, in every register; all scales at every
+    place in a thread's words."""
     n, k = 256, 1024
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (n, k // 2), generator=draw, dtype=torch.uint8)
@@ -79,11 +81,11 @@ def test_every_code_under_every_scale_comes_out_bit_for_bit(fragments, gated):
     scales = scale.to(torch.uint8).view(torch.float8_e4m3fn)
     row, column = torch.arange(n)[:, None], torch.arange(k)
     row = row if not gated else sm90.row_order(n, gated).argsort()[:, None]  # as packed
-    register = row // 8 % 2 + 2 * (column // 8 % 2)
-    step = row // 64 % 2 + 2 * (column // 16 % 4)
+    register = row // 8 % 2 + 2 * (column // 2 % 2)
+    word = row // 64 % 2 + 2 * (column // 64 % 2)
     scale_of = scale.repeat_interleave(16, dim=1)
     assert len((nvfp4.unpack(codes).int() + 16 * (scale_of + 128 * register)).unique()) == 8192
-    assert len((scale_of + 128 * (row // 8 % 2 + 2 * step)).unique()) == 2048
+    assert len((scale_of + 128 * (row // 8 % 2 + 2 * word)).unique()) == 1024
     packed, _ = sm90.pack(codes[None], scales[None], gated=gated)
     expected = nvfp4.dequantize(codes, scales)
     assert torch.equal(bits(decoded(fragments, packed[0], gated)), bits(expected))
@@ -103,8 +105,9 @@ def test_random_weights_come_out_bit_for_bit(fragments, n, k, gated):
 
 
 def test_a_thread_has_gate_and_up_of_its_outputs(fragments):
-    """What the epilogue takes accumulators v and v + 2 for: the same element's gate and up; and of
-    the two strips, elements that are eight apart."""
+    """What the epilogue takes accumulators v and v + 2 for: the same element's gate and up; and
+    what it takes the two strips for: elements that are neighbours, also by lane, where they are
+    stored."""
     places = torch.empty(128, 88, dtype=torch.int32)
     fragments.accumulator_places(ctypes.c_void_p(places.data_ptr()))
     row, token = places.long() % 64, places.long() // 64
@@ -121,9 +124,12 @@ def test_a_thread_has_gate_and_up_of_its_outputs(fragments):
                     gate = checkpoint_row[slab, strip, row[:, v + t]]
                     up = checkpoint_row[slab, strip, row[:, v + t + 2]]
                     lane = torch.arange(128) % 32
-                    element = 64 * slab + 16 * (torch.arange(128) // 32) + 8 * strip + lane // 4
+                    warp = torch.arange(128) // 32
+                    element = 64 * slab + 16 * warp + 2 * (lane // 4) + strip
                     assert torch.equal(gate, element)
                     assert torch.equal(up, element + inter)
+                    stored_at = 64 * slab + 8 * (lane // 4) + 2 * warp + strip
+                    assert torch.equal(sm90.column_order(inter)[stored_at], element)
 
 
 def row_counts(draw: torch.Generator, seed: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from megamoe_ep import nvfp4, transform_weights_for_nvfp4_mega_moe
 from megamoe_ep.kernels import portable
+from megamoe_ep.prepack.sm90 import column_order
 from megamoe_ep.weights import KernelWeights
 
 HERE = Path(__file__).parent
@@ -133,17 +134,24 @@ def on_host(
     return out.view(torch.bfloat16)[:count]
 
 
+def by_lane(rows: torch.Tensor) -> torch.Tensor:
+    return rows[:, column_order(rows.shape[1])]
+
+
 def run_l1(kernel: ctypes.CDLL, layer: Layer, tokens: Tokens, **how) -> torch.Tensor:
-    return on_host(
-        kernel, layer.l1["sm90"], tokens.rows, tokens.offsets, layer.l1_alpha,
+    """Plain h of plain rows."""
+    h = on_host(
+        kernel, layer.l1["sm90"], by_lane(tokens.rows), tokens.offsets, layer.l1_alpha,
         row_scales=tokens.row_scales, input_scale=layer.input_scale, **how,
     )  # fmt: skip
+    return h[:, column_order(h.shape[1]).argsort()]
 
 
 def run_l2(
     kernel: ctypes.CDLL, layer: Layer, h: torch.Tensor, offsets: torch.Tensor, **how
 ) -> torch.Tensor:
-    return on_host(kernel, layer.l2["sm90"], h.contiguous(), offsets, layer.l2_alpha, **how)
+    """Of plain h."""
+    return on_host(kernel, layer.l2["sm90"], by_lane(h), offsets, layer.l2_alpha, **how)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,8 +16,8 @@ from megamoe_ep.prepack import sm90
 BITS_AT = {
     (0, 0): (15, 8, 7, 6),
     (8, 0): (12, 5, 4, 3),
-    (0, 8): (18, 11, 10, 9),
-    (8, 8): (0, 30, 29, 1),
+    (0, 2): (18, 11, 10, 9),
+    (8, 2): (0, 30, 29, 1),
 }
 
 
@@ -41,7 +43,7 @@ def values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def test_unpack_is_the_inverse(experts, n, k, gated):
     codes, scales = checkpoint(experts, n, k)
     packed, nothing = sm90.pack(codes, scales, gated=gated)
-    assert packed.shape == (experts, n // 128, k // 64, 4608)
+    assert packed.shape == (experts, n // 128, k // 128, 9216)
     assert packed.dtype == torch.uint8
     assert nothing.numel() == 0
     codes_again, scales_again = sm90.unpack(packed, nothing, gated=gated)
@@ -57,9 +59,9 @@ def test_unpack_is_the_inverse(experts, n, k, gated):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_bit_is_where_the_description_says(gated):
-    n, k, expert, slab, block = 256, 192 + 64, 1, 1, 2
+    n, k, expert, slab, stage = 256, 384, 1, 1, 2
     codes, scales = checkpoint(2, n, k, seed=1)
-    packed = sm90.pack(codes, scales, gated=gated)[0][expert, slab, block].tolist()
+    packed = sm90.pack(codes, scales, gated=gated)[0][expert, slab, stage].tolist()
     nibbles = nvfp4.unpack(codes)[expert].tolist()
     bytes_of_scale = bits(scales)[expert].tolist()
 
@@ -70,36 +72,39 @@ def test_every_bit_is_where_the_description_says(gated):
         if not gated:
             return 128 * slab + 64 * strip + row
         warp, j = divmod(row, 16)
-        return 64 * slab + 16 * warp + 8 * strip + j % 8 + (n // 2 if j >= 8 else 0)
+        return 64 * slab + 16 * warp + 2 * (j % 8) + strip + (n // 2 if j >= 8 else 0)
 
-    for strip in range(2):
-        for thread in range(128):
-            first = 16 * (thread // 32) + thread % 32 // 4
-            for step in range(4):
-                word = word_at(2048 * strip + 16 * thread + 4 * step)
-                covered = 0
-                for (down, right), places in BITS_AT.items():
-                    row = checkpoint_row(strip, first + down)
-                    for h in range(2):
-                        column = 64 * block + 16 * step + 2 * (thread % 4) + right + h
-                        code = nibbles[row][column]
-                        if bytes_of_scale[row][column // 16] == 0:
-                            code &= 8
-                        for bit, place in zip((3, 2, 1, 0), places, strict=True):
-                            at = (place + 16 * h) % 32
-                            assert word >> at & 1 == code >> bit & 1
-                            covered |= 1 << at
-                assert covered == 0xFFFF_FFFF
-        for q in range(32):
-            first = 16 * (q // 8) + q % 8
-            for p in range(2):
-                word = word_at(4096 + 16 * q + 8 * strip + 4 * p)
-                for odd in range(2):
-                    turned = (word >> 8 | word << 24) & 0xFFFF_FFFF if odd else word
-                    for at, down in ((4, 0), (20, 8)):
-                        byte = turned >> at & 0xFF
-                        row, column = checkpoint_row(strip, first + down), 4 * block + 2 * p + odd
-                        assert byte == packed_scale(bytes_of_scale[row][column])
+    for block, strip, thread in itertools.product(range(2), range(2), range(128)):
+        first = 16 * (thread // 32) + thread % 32 // 4
+        columns = 128 * stage + 64 * block + 16 * (thread % 4)
+        for step in range(4):
+            word = word_at(4096 * block + 2048 * strip + 16 * thread + 4 * step)
+            covered = 0
+            for (down, right), places in BITS_AT.items():
+                row = checkpoint_row(strip, first + down)
+                for h in range(2):
+                    column = columns + 4 * step + right + h
+                    code = nibbles[row][column]
+                    if bytes_of_scale[row][column // 16] == 0:
+                        code &= 8
+                    for bit, place in zip((3, 2, 1, 0), places, strict=True):
+                        at = (place + 16 * h) % 32
+                        assert word >> at & 1 == code >> bit & 1
+                        covered |= 1 << at
+            assert covered == 0xFFFF_FFFF
+        word = word_at(8192 + 8 * thread + 4 * block)
+        turned = (word >> 8 | word << 24) & 0xFFFF_FFFF if strip else word
+        for at, down in ((4, 0), (20, 8)):
+            byte = turned >> at & 0xFF
+            row = checkpoint_row(strip, first + down)
+            assert byte == packed_scale(bytes_of_scale[row][columns // 16])
+
+
+def test_columns_by_lane_are_as_the_description_says():
+    order = sm90.column_order(256).tolist()
+    for block, c, j, i, h in itertools.product(range(4), range(4), range(4), range(2), range(2)):
+        plain = 64 * block + 16 * c + 4 * j + 2 * i + h
+        assert order[64 * block + 16 * j + 8 * i + 2 * c + h] == plain
 
 
 def packed_scale(ue4m3: int) -> int:

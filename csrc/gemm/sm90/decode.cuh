@@ -40,13 +40,13 @@ MEGAMOE_HD uint32_t codes_of(uint32_t word, uint32_t rotated) {
   return (rotated & 0x001B001B) * (1 << 2 | 1 << 7 | 1 << 12) & kCodes;
 }
 
-// Scales of rows r (low half) and r + 8 (high half) at an even and an odd k16 step: one word has both.
-template <int odd>
+// Scales of rows r (low half) and r + 8 (high half) of a strip: one word has those of both strips.
+template <int strip>
 MEGAMOE_HD uint32_t scales_of(uint32_t word) {
 #ifdef __CUDA_ARCH__
-  const uint32_t turned = odd ? __byte_perm(word, word, 0x0321) : word;
+  const uint32_t turned = strip ? __byte_perm(word, word, 0x0321) : word;
 #else
-  const uint32_t turned = odd ? word >> 8 | word << 24 : word;
+  const uint32_t turned = strip ? word >> 8 | word << 24 : word;
 #endif
 #ifdef __CUDA_ARCH__
   // One instruction, as long as the compiler does not know the constants.

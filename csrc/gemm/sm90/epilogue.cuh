@@ -1,9 +1,10 @@
 // From a warpgroup's accumulators, 128 weight rows x N tokens, to rows of bf16 in device memory.
 //
 // A thread holds, for m64 block mb, rows r and r + 8 (r = 16 * warp + lane / 4) at tokens
-// 8j + 2 * (lane % 4) and the next. A warp transposes its rows of sixteen tokens at a time through shared
-// memory of its own, so that no warp waits for another, and stores whole sectors: of a token, twice 32
-// bytes for L2; for L1, whose rows r and r + 8 are gate and up of one output, once.
+// 8j + 2 * (lane % 4) and the next. For L1 rows r and r + 8 are gate and up of one output, and the two
+// blocks have neighbours: two outputs of a token, a word for each thread, with the columns by lane
+// (megamoe_ep/prepack/sm90.py). For L2 a warp transposes its rows of sixteen tokens at a time through
+// shared memory of its own, so that no warp waits for another, and stores whole sectors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +18,7 @@
 namespace megamoe::sm90 {
 
 constexpr int kChunk = 16;       // tokens transposed at a time
-constexpr int kStagedRow = 80;   // bytes of one: 64 or 32 are used, the others keep banks apart
+constexpr int kStagedRow = 80;   // bytes of one: 64 are used, the others keep banks apart
 constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 
@@ -34,7 +35,7 @@ struct Outputs {
 // Shared memory of one warp.
 template <typename Cut>
 struct Staging {
-  alignas(16) uint8_t rows[kChunk][kStagedRow];
+  alignas(16) uint8_t rows[kChunk][kStagedRow];  // L2
   float row_scales[Cut::kMaxTokens];  // L1: of the tile's rows
   float alpha[2];                     // L1: of gate and of up
   float input_scale;                  // L1
@@ -132,9 +133,7 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
-  const int matrix = lane / 8;  // of four that are transposed together, the one that a lane points to
-  const uint32_t staged = shared_address(s.rows);
-  __nv_bfloat16* out = o.out + part.slab * kSlabOutputs + 16 * warp;
+  __nv_bfloat16* out = o.out + part.slab * kSlabOutputs;
 
   wait_floats();
   __syncwarp();
@@ -162,15 +161,17 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
         }
       }
       if (quantised) requantise(h, global_scale, over_six);
-      uint32_t pairs[2][2];  // [8 tokens][strip], two tokens each
+      const int at = 8 * (lane / 4) + 2 * warp;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int t = i / 2 * 2, strip = i % 2;
-        pairs[i / 2][strip] = pair_of(h[t][strip], h[t + 1][strip]);
+      for (int t = 0; t < kTokens; ++t) {
+        const int to_row = row + 8 * (t / 2) + 2 * (lane % 4) + t % 2;
+        if (to_row < part.end_row) {
+          *reinterpret_cast<uint32_t*>(out + to_row * o.row_elements + at) = pair_of(h[t][0], h[t][1]);
+        }
       }
-      store_transposed(staged + (8 * (matrix / 2) + lane % 8) * kStagedRow + 16 * (matrix % 2),
-                       {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
     } else {
+      const int matrix = lane / 8;  // of four that are transposed together, the one that a lane points to
+      const uint32_t staged = shared_address(s.rows);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         uint32_t pairs[4];  // rows r and r + 8 of one strip, then of the other
@@ -181,28 +182,29 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
         }
         store_transposed(staged + (8 * j + lane % 8) * kStagedRow + 16 * matrix, pairs);
       }
-    }
-    __syncwarp();
-    // Pieces of 16 bytes, eight outputs: of a token the strips' halves one after the other.
-    constexpr int kPieces = kGated ? 2 : 4;
-    constexpr int kOfLane = kChunk * kPieces / 32;
-    const int token = lane / kPieces;  // the first
-    const int piece = lane % kPieces;
-    uint4 eight[kOfLane];
+      __syncwarp();
+      // Pieces of 16 bytes, eight outputs: of a token the strips' halves one after the other.
+      constexpr int kPieces = 4;
+      constexpr int kOfLane = kChunk * kPieces / 32;
+      const int token = lane / kPieces;  // the first
+      const int piece = lane % kPieces;
+      const int at = 64 * (piece / 2) + 16 * warp + 8 * (piece % 2);
+      uint4 eight[kOfLane];
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      eight[i] = load_shared_16(staged + (token + 32 / kPieces * i) * kStagedRow + 16 * piece);
-    }
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      const int to_row = row + token + 32 / kPieces * i;
-      if (to_row < part.end_row) {
-        const int at = kGated ? 8 * piece : 64 * (piece / 2) + 8 * (piece % 2);
-        *reinterpret_cast<uint4*>(out + to_row * o.row_elements + at) = eight[i];
+      for (int i = 0; i < kOfLane; ++i) {
+        eight[i] = load_shared_16(staged + (token + 32 / kPieces * i) * kStagedRow + 16 * piece);
       }
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) {
+        const int to_row = row + token + 32 / kPieces * i;
+        if (to_row < part.end_row) {
+          *reinterpret_cast<uint4*>(out + to_row * o.row_elements + at) = eight[i];
+        }
+      }
+      __syncwarp();
     }
-    __syncwarp();
   }
+  if constexpr (kGated) __syncwarp();  // the next tile's scales are fetched into the same memory
 }
 
 }  // namespace megamoe::sm90

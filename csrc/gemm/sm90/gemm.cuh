@@ -60,7 +60,7 @@ struct TokenMaps {
 };
 
 struct Problem {
-  const uint8_t* weights;  // [L, N/128, K/64, kSlabBlockBytes]
+  const uint8_t* weights;  // [L, N/128, K/128, kSlabStageBytes]
   const int32_t* offsets;  // [L + 1]
   Outputs outputs;
   int experts;
@@ -94,24 +94,18 @@ __device__ __forceinline__ Shared<Cut>& shared() {
   return *reinterpret_cast<Shared<Cut>*>(shared_memory);
 }
 
-// Codes and scales of one thread for a k64 block of a slab.
-struct Packed {
-  uint4 codes[kStrips];
-  uint4 scales;
+// Codes of one thread for a k64 block of a slab.
+struct Codes {
+  uint4 strips[kStrips];
 
-  __device__ __forceinline__ void load(uint32_t codes_at, uint32_t scales_at) {
-    codes[0] = load_shared_16(codes_at);
-    codes[1] = load_shared_16(codes_at + 2048);
-    scales = load_shared_16(scales_at);
+  __device__ __forceinline__ void load(uint32_t address) {
+    strips[0] = load_shared_16(address);
+    strips[1] = load_shared_16(address + 2048);
   }
 
   __device__ __forceinline__ uint32_t word(int strip, int step) const {
-    const uint4& c = codes[strip];
+    const uint4& c = strips[strip];
     return step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
-  }
-
-  __device__ __forceinline__ uint32_t scale_word(int strip, int step) const {
-    return step < 2 ? (strip ? scales.z : scales.x) : (strip ? scales.w : scales.y);
   }
 };
 
@@ -123,12 +117,9 @@ __device__ __forceinline__ uint32_t product(uint32_t codes, __nv_bfloat162 scale
   return codes;
 }
 
-__device__ __forceinline__ void decode(const Packed& packed, int strip, int step,
-                                       uint32_t (&a)[4]) {
-  const uint32_t word = packed.word(strip, step);
+// A word of codes and the scales of its two rows to the registers of a fragment.
+__device__ __forceinline__ void decode(uint32_t word, uint32_t scales, uint32_t (&a)[4]) {
   const uint32_t turned = rotated(word);
-  const uint32_t pair = packed.scale_word(strip, step);
-  const uint32_t scales = step % 2 ? scales_of<1>(pair) : scales_of<0>(pair);
   __nv_bfloat162 both;
   memcpy(&both, &scales, 4);
   const __nv_bfloat162 r0 = __low2bfloat162(both);
@@ -157,10 +148,14 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
   // Of a stage at the ring's begin; offsets of the others are added.
   const uint32_t slab_at = ring.memory() + thread / kWarpgroup * kSlabStageBytes;
   const uint32_t codes_at = slab_at + thread % kWarpgroup * 16;
-  const uint32_t scales_at = slab_at + kScalesAt + thread % kWarpgroup / 4 * 16;
+  const uint32_t scales_at = slab_at + kScalesAt + thread % kWarpgroup * 8;
   const uint32_t first_tokens = low_descriptor(ring.memory() + tokens_at);
-  Packed packed;  // of the block that is decoded next
-  const auto load = [&](uint32_t offset) { packed.load(offset + codes_at, offset + scales_at); };
+  Codes codes;   // of the block that is decoded next
+  uint2 scales;  // of the stage, a word for each block
+  const auto load = [&](uint32_t offset) {
+    codes.load(offset + codes_at);
+    scales = load_shared_8(offset + scales_at);
+  };
 #pragma unroll
   for (int i = 0; i < N; ++i) acc[i % 2][i / 2] = 0;
 
@@ -172,19 +167,24 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
     const uint32_t empty = ring.empty();
     // In 64 bits all the way: ptxas then adds in place instead of putting each one together.
     const uint64_t tokens = kSwizzle128 | kPatternStride | uniform(first_tokens + here / 16);
+    uint32_t pairs[kStrips];  // of scales
 #pragma unroll
     for (int group = 0; group < kStageBlocks * 4 / kGroup; ++group) {
       const int block = group * kGroup / 4;
       const int first = group * kGroup % 4;
+      if (first == 0) {
+        pairs[0] = scales_of<0>(block ? scales.y : scales.x);
+        pairs[1] = scales_of<1>(block ? scales.y : scales.x);
+      }
       uint32_t fragments[kGroup][kStrips][4];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        decode(packed, 0, first + i, fragments[i][0]);
-        decode(packed, 1, first + i, fragments[i][1]);
+        decode(codes.word(0, first + i), pairs[0], fragments[i][0]);
+        decode(codes.word(1, first + i), pairs[1], fragments[i][1]);
       }
       if (first + kGroup == 4) {
         if (block == 0) {
-          load(here + kSlabBlockBytes);
+          codes.load(here + codes_at + kBlockCodeBytes);
           ring.advance();
         } else {
           // After the last stage, for nothing, the first of the next tile or what says that there is none:

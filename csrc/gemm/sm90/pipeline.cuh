@@ -1,7 +1,7 @@
 // The ring of stages between the producer warps and the consumer warpgroups.
 //
-// A stage is two k64 blocks: those of each slab of the tile's weights, one slab after the other; then, for
-// each part that a tile can have, the tokens of the first block and of the second, in rows of 128
+// A stage is two k64 blocks: of each slab of the tile, one after the other, the weights; then, for each
+// part that a tile can have, the tokens of the first block and of the second, in rows of 128
 // bytes. All experts' tiles are known before the first copy, so stages are only as wide as the widest
 // needs, and few tokens get a deeper ring.
 #pragma once
@@ -14,11 +14,11 @@
 namespace megamoe::sm90 {
 
 constexpr int kBlockK = 64;
-constexpr int kSlabBlockBytes = 4608;  // megamoe_ep/prepack/sm90.py: 4096 of codes, 512 of scales
-constexpr int kScalesAt = 4096;
 constexpr int kStageBlocks = 2;
 constexpr int kStageK = kStageBlocks * kBlockK;
-constexpr int kSlabStageBytes = kStageBlocks * kSlabBlockBytes;
+constexpr int kSlabStageBytes = 9216;  // megamoe_ep/prepack/sm90.py: codes of each block, then scales
+constexpr int kBlockCodeBytes = 4096;
+constexpr int kScalesAt = kStageBlocks * kBlockCodeBytes;
 constexpr int kTokenBytes = 2 * kBlockK;  // of a row of a block
 
 MEGAMOE_HD constexpr int token_block_bytes(int width) { return loaded_rows(width) * kTokenBytes; }

@@ -39,11 +39,10 @@ float from_bf16(uint32_t bits) {
   return value;
 }
 
-template <int odd>
-void decode_step(const uint8_t* slab_block, int strip, int step, int thread, float (&values)[8]) {
-  const uint32_t word = word_at(slab_block + 2048 * strip + 16 * thread + 4 * step);
-  const uint32_t scales = sm90::scales_of<odd>(
-      word_at(slab_block + 4096 + 16 * (thread / 4) + 8 * strip + 4 * (step / 2)));
+template <int strip>
+void decode_step(const uint8_t* stage, int block, int step, int thread, float (&values)[8]) {
+  const uint32_t word = word_at(stage + 4096 * block + 2048 * strip + 16 * thread + 4 * step);
+  const uint32_t scales = sm90::scales_of<strip>(word_at(stage + 8192 + 8 * thread + 4 * block));
   const uint32_t turned = sm90::rotated(word);
   const uint32_t codes[4] = {sm90::codes_of<0>(word, turned), sm90::codes_of<1>(word, turned),
                              sm90::codes_of<2>(word, turned), sm90::codes_of<3>(word, turned)};
@@ -56,16 +55,18 @@ void decode_step(const uint8_t* slab_block, int strip, int step, int thread, flo
 
 }  // namespace
 
-// Packed weights [slabs, blocks, 4608] to fp32 [128 * slabs, 64 * blocks], in packed row order.
-extern "C" void decode_weights(const uint8_t* packed, int slabs, int blocks, float* weights) {
+// Packed weights [slabs, stages, 9216] to fp32 [128 * slabs, 128 * stages], in packed row order and with
+// columns by lane.
+extern "C" void decode_weights(const uint8_t* packed, int slabs, int stages, float* weights) {
+  const int blocks = 2 * stages;
   for (int slab = 0; slab < slabs; ++slab) {
     for (int block = 0; block < blocks; ++block) {
-      const uint8_t* slab_block = packed + 4608ll * (slab * blocks + block);
+      const uint8_t* stage = packed + 9216ll * (slab * stages + block / 2);
       for (int strip = 0; strip < 2; ++strip) {
         for (int step = 0; step < 4; ++step) {
           for (int thread = 0; thread < 128; ++thread) {
             float values[8];
-            (step % 2 ? decode_step<1> : decode_step<0>)(slab_block, strip, step, thread, values);
+            (strip ? decode_step<1> : decode_step<0>)(stage, block % 2, step, thread, values);
             for (int v = 0; v < 8; ++v) {
               const int at = ALayout{}(thread, v);  // row + 64 * column
               const int64_t row = 128ll * slab + 64 * strip + at % 64;
