@@ -96,7 +96,7 @@ void comm_dispatch(int64_t view, bool with_weights, bool by_lane, int64_t stats,
                static_cast<int>(with_weights));
   if (!count_here) launcher.run("dispatch_count", dispatch_count, count_shared_bytes(v), v);
   launcher.run("dispatch_expand", dispatch_expand, expand_shared_bytes(v), v,
-               static_cast<int>(count_here), View::local<void>(stats),
+               static_cast<int>(count_here), static_cast<int>(by_lane), View::local<void>(stats),
                static_cast<int>(stats_bytes));
 }
 
