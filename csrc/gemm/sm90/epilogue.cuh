@@ -66,19 +66,16 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
 }
 
 // silu(gate) * up. NaN in gives NaN out.
-__device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
-  gate = min_or_nan(gate, clamp);
-  up = max_or_nan(min_or_nan(up, clamp), -clamp);
+__device__ __forceinline__ float swiglu(float gate, float up) {
   return gate * reciprocal_of_1_and_more(1.0f + power_of_2(gate * -1.442695040888963f)) * up;
 }
 
-// Nearest E2M1 value of x, ties to the even code, saturating: adding a number whose last bit is worth
-// one step rounds to that step.
+// Nearest E2M1 value of x, ties to the even code, saturating: adding a number whose last bit is worth one
+// step rounds to that step, which is 1/2 up to 2, 1 up to 4 and 2 from there.
 __device__ __forceinline__ float round_e2m1(float x) {
-  constexpr float kHalfSteps = 0x1.8p22f;
-  const float m = fabsf(x);
-  const float anchor = m < 2.0f ? kHalfSteps : m < 4.0f ? 2.0f * kHalfSteps : 4.0f * kHalfSteps;
-  return copysignf(fminf((m + anchor) - anchor, 6.0f), x);
+  const uint32_t power = max(__float_as_uint(x) & 0x7F800000u, __float_as_uint(1.0f));
+  const float anchor = __uint_as_float(power + (__float_as_uint(0x1.8p22f) - __float_as_uint(1.0f)));
+  return fminf(fmaxf((x + anchor) - anchor, -6.0f), 6.0f);
 }
 
 // How a block of 16 outputs is requantised. As megamoe_ep/nvfp4.py does, but for products with
@@ -87,11 +84,10 @@ struct BlockScale {
   float scale;
   float inverse;  // of scale times global scale
 
-  // `largest`: bits of the largest magnitude.
-  __device__ __forceinline__ BlockScale(uint32_t largest, float global_scale, float over_six) {
-    const float quotient = __uint_as_float(largest) * over_six;
-    const __nv_fp8_e4m3 rounded(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
-    scale = largest < 0x7F800000u ? static_cast<float>(rounded) : __uint_as_float(0x7FC00000u);
+  __device__ __forceinline__ BlockScale(float largest, float global_scale, float over_six) {
+    const __nv_fp8_e4m3 rounded(fminf(fmaxf(largest * over_six, 0x1p-9f), 448.0f));
+    scale = largest < __uint_as_float(0x7F800000u) ? static_cast<float>(rounded)
+                                                   : __uint_as_float(0x7FC00000u);
     inverse = reciprocal(scale * global_scale);
   }
 
@@ -103,23 +99,28 @@ struct BlockScale {
 // A thread's tokens of a chunk, which it has an output of in each strip.
 constexpr int kTokens = kChunk / 4;
 
-// A block of 16 is the eight outputs of a warp in one strip, in lanes that differ in bits 2 to 4, then
-// those in the other.
+// A block of 16 is the two outputs of each of eight lanes, which differ in bits 2 to 4. As they look for
+// the largest of four tokens' blocks, each is left with one token, whose scales it then works out for all.
 __device__ __forceinline__ void requantise(float (&h)[kTokens][2], float global_scale,
                                            float over_six) {
-  uint32_t largest[kTokens];  // bits; NaN is above infinity
+  const int lane = threadIdx.x % 32;
+  float largest[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) largest[t] = max_or_nan(fabsf(h[t][0]), fabsf(h[t][1]));
+  // Of two tokens' the one, as this lane and the one that differs in one bit both have seen it.
+  const auto larger = [&](float without_bit, float with_bit, int bit) {
+    const float keep = lane & bit ? with_bit : without_bit;
+    return max_or_nan(keep, __shfl_xor_sync(~0u, lane & bit ? without_bit : with_bit, bit));
+  };
+  const float even = larger(largest[0], largest[2], 16), odd = larger(largest[1], largest[3], 16);
+  const float mine = larger(even, odd, 8);
+  const BlockScale of_mine(larger(mine, mine, 4), global_scale, over_six);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    largest[t] = max(__float_as_uint(fabsf(h[t][0])), __float_as_uint(fabsf(h[t][1])));
-  }
-#pragma unroll
-  for (int lanes = 4; lanes < 32; lanes *= 2) {
-#pragma unroll
-    for (uint32_t& mine : largest) mine = max(mine, __shfl_xor_sync(~0u, mine, lanes));
-  }
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const BlockScale block(largest[t], global_scale, over_six);
+    const int from = lane % 8 + 16 * (t / 2) + 8 * (t % 2);
+    BlockScale block = of_mine;
+    block.scale = __shfl_sync(~0u, of_mine.scale, from);
+    block.inverse = __shfl_sync(~0u, of_mine.inverse, from);
     h[t][0] = block(h[t][0]);
     h[t][1] = block(h[t][1]);
   }
@@ -133,11 +134,16 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
-  __nv_bfloat16* out = o.out + part.slab * kSlabOutputs;
+  // L1: of the first of a thread's tokens, those that follow counted from it.
+  const int token = kGated ? part.first_row + 2 * (lane % 4) : 0;
+  const int tokens = part.end_row - token;
+  __nv_bfloat16* out = o.out + part.slab * kSlabOutputs +
+                       (kGated ? token * o.row_elements + 8 * (lane / 4) + 2 * warp : 16 * warp);
 
   wait_floats();
   __syncwarp();
   const float alpha[2] = {s.alpha[0] * kUnscale, kGated ? s.alpha[1] * kUnscale : 0.0f};
+  const bool clamped = kGated && o.clamp < __uint_as_float(0x7F800000u);
   const bool quantised = kGated && o.input_scale != nullptr;
   const float global_scale = quantised ? s.input_scale : 0.0f;
   const float over_six = reciprocal(6.0f * global_scale);
@@ -148,25 +154,40 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
     if (row >= part.end_row) break;
     if constexpr (kGated) {
       // All tokens' at a time, so that none waits for another's shuffles and quotients.
-      float h[kTokens][2];  // [token][strip]
+      const auto gate = [&](int t, int strip) -> float& {
+        return acc[strip][chunk * kChunk / 2 + 4 * (t / 2) + t % 2];
+      };
+      const auto up = [&](int t, int strip) -> float& {
+        return acc[strip][chunk * kChunk / 2 + 4 * (t / 2) + t % 2 + 2];
+      };
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const int column = chunk * kChunk + 8 * (t / 2);
-        const float row_scale = s.row_scales[column + 2 * (lane % 4) + t % 2];
+        const float row_scale = s.row_scales[chunk * kChunk + 8 * (t / 2) + 2 * (lane % 4) + t % 2];
 #pragma unroll
         for (int strip = 0; strip < 2; ++strip) {
-          const float gate = acc[strip][column / 2 + t % 2] * row_scale * alpha[0];
-          const float up = acc[strip][column / 2 + 2 + t % 2] * row_scale * alpha[1];
-          h[t][strip] = swiglu(gate, up, o.clamp);
+          gate(t, strip) *= row_scale * alpha[0];
+          up(t, strip) *= row_scale * alpha[1];
         }
       }
+      if (clamped) {
+#pragma unroll
+        for (int i = 0; i < 2 * kTokens; ++i) {
+          float& of_up = up(i / 2, i % 2);
+          gate(i / 2, i % 2) = min_or_nan(gate(i / 2, i % 2), o.clamp);
+          of_up = max_or_nan(min_or_nan(of_up, o.clamp), -o.clamp);
+        }
+      }
+      float h[kTokens][2];  // [token][strip]
+#pragma unroll
+      for (int i = 0; i < 2 * kTokens; ++i) {
+        h[i / 2][i % 2] = swiglu(gate(i / 2, i % 2), up(i / 2, i % 2));
+      }
       if (quantised) requantise(h, global_scale, over_six);
-      const int at = 8 * (lane / 4) + 2 * warp;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const int to_row = row + 8 * (t / 2) + 2 * (lane % 4) + t % 2;
-        if (to_row < part.end_row) {
-          *reinterpret_cast<uint32_t*>(out + to_row * o.row_elements + at) = pair_of(h[t][0], h[t][1]);
+        const int token = chunk * kChunk + 8 * (t / 2) + t % 2;
+        if (token < tokens) {
+          *reinterpret_cast<uint32_t*>(out + token * o.row_elements) = pair_of(h[t][0], h[t][1]);
         }
       }
     } else {
@@ -188,7 +209,7 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
       constexpr int kOfLane = kChunk * kPieces / 32;
       const int token = lane / kPieces;  // the first
       const int piece = lane % kPieces;
-      const int at = 64 * (piece / 2) + 16 * warp + 8 * (piece % 2);
+      const int at = 64 * (piece / 2) + 8 * (piece % 2);
       uint4 eight[kOfLane];
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {

@@ -312,7 +312,7 @@ __device__ __forceinline__ Part part_of(const Tile& tile, int warpgroup) {
 }
 
 template <typename Cut>
-__device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int warpgroup) {
+__device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
   Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
   const int stages = p.k / kStageK;
   wait(barriers, 0);  // for the first stage, before which all is planned
@@ -321,7 +321,8 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int
     ring.wait_full();
     const Tile& tile = shared<Cut>().tiles[turn];
     if (tile.first.slabs == 0) break;
-    const Part part = part_of(tile, warpgroup);
+    const auto my_part = [&] { return part_of(tile, thread_read_anew() / kWarpgroup); };
+    const Part part = my_part();
     if (part.slabs <= 0) {
       for (int stage = 0; stage < stages; ++stage) {
         ring.wait_full();
@@ -333,9 +334,9 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers, int
     }
     fetch_scales<Cut>(staging, p.outputs, part);
     Accumulators<Cut> acc;
-    accumulate<Cut>(acc, ring, tokens_at<Cut>(warpgroup >= tile.first.slabs), stages,
+    accumulate<Cut>(acc, ring, tokens_at<Cut>(thread_read_anew() / kWarpgroup >= tile.first.slabs), stages,
                     uniform(part.width));
-    const Part same = part_of(tile, warpgroup);  // anew, so that it takes no registers meanwhile
+    const Part same = my_part();  // anew, so that it takes no registers meanwhile
     if (p.outputs.gated) {
       store_outputs<Cut, true>(acc, p.outputs, staging, same);
     } else {
@@ -446,7 +447,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     if (one_lane()) produce<Cut>(p, maps, make_ring<Cut>(barriers), walk, thread / 32);
   } else {
     take_registers<Block<Cut>::kConsumerRegisters>();
-    consume<Cut>(p, barriers, warpgroup);
+    consume<Cut>(p, barriers);
   }
 #endif
 }
