@@ -412,7 +412,15 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const uint32_t barriers = shared_address(&shared<Cut>().barriers);
   const int warpgroup = threadIdx.x / kWarpgroup;
-  if (threadIdx.x == 0) {
+  const int thread = threadIdx.x % kWarpgroup;
+  int* offsets = shared<Cut>().plan;
+  // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
+  // done: the offsets are there (in L2, not to be taken from L1), the tokens may not be.
+  if (p.outputs.gated) wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (warpgroup == Cut::kSlabs) {
+    for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
+  } else if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
       init_barrier(barriers + 8 * (kMaxStages + s), kWarps * Cut::kSlabs);
@@ -420,22 +428,14 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     show_barriers();
   }
   __syncthreads();
-  // L1 runs after dispatch, which lays out the rows; L2 after L1, which let it start once dispatch was
-  // done: the offsets are there (in L2, not to be taken from L1), the tokens may not be.
-  if (p.outputs.gated) wait_for_previous_kernel();
-  let_next_kernel_start();
   // What setmaxnreg shares out is what the block was launched with; it waits for ever for more.
   constexpr int kLaunched = (1 << 16) / kThreads<Cut> / 8 * 8;
   static_assert(Cut::kSlabs * Block<Cut>::kConsumerRegisters + Block<Cut>::kProducerRegisters <=
                 (Cut::kSlabs + 1) * kLaunched);
   if (warpgroup == Cut::kSlabs) {
-    const int thread = threadIdx.x % kWarpgroup;
-    int* offsets = shared<Cut>().plan;
     int* first_tiles = offsets + p.experts + 1;
     int* order = first_tiles + p.experts + 1;
     if (thread < Cut::kMaxTokens / kTokenBox) prefetch_map(&maps.of_height[thread]);
-    for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
-    sync_warpgroup();
     if (thread < 32) {
       const int width = make_plan<Cut>(offsets, first_tiles, order, p.experts);
       if (thread == 0) shared<Cut>().widest = width;

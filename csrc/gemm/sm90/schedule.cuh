@@ -80,39 +80,49 @@ class Walk {
       : plan_(plan), experts_(experts), slabs_(slabs) {
     if constexpr (Cut::kShares) {
       const int all = plan.first_tiles[pairs_of(experts)] * slabs;
-      const int share = all / blocks, more = all % blocks;  // the first blocks take one more
-      index_ = share * block + min_of(block, more);
-      end_ = index_ + share + (block < more);
-      const int most = share + (more > 0);
+      // The first blocks, whose experts have the widest tiles, take one less than the last.
+      const int share = all / blocks, fewer = blocks - all % blocks;
+      index_ = share * block + (block > fewer ? block - fewer : 0);
+      end_ = index_ + share + (block >= fewer);
+      const int most = share + (fewer < blocks);
       wide_run_ = min_of(most, ceil_div(most, 2 * Cut::kSlabs) * Cut::kSlabs);
       narrow_run_ = rows_of(plan.order[0]) > kAlike ? most - wide_run_ : 0;
     } else {
       index_ = block;
       end_ = blocks;
     }
+    for (int above = places(); above - place_ > 1;) {
+      const int middle = (place_ + above) / 2;
+      (index_ < plan.first_tiles[middle] * of_token_tile() ? above : place_) = middle;
+    }
   }
 
   // Whether there is a tile here.
   MEGAMOE_HD bool valid() {
     if (Cut::kShares && index_ >= end_) return false;
-    const int places = Cut::kShares ? pairs_of(experts_) : experts_;
-    while (place_ < places && index_ >= plan_.first_tiles[place_ + 1] * of_token_tile()) ++place_;
-    return place_ < places;
+    while (place_ < places() && index_ >= plan_.first_tiles[place_ + 1] * of_token_tile()) ++place_;
+    return place_ < places();
   }
 
   MEGAMOE_HD Tile tile() const {
     const int index = index_ - plan_.first_tiles[place_] * of_token_tile();
     if constexpr (Cut::kShares) {
       const Run run = run_at(index);
-      const int left = min_of(run.slabs, end_ - index_);
-      // As few tiles as there can be, and even: a lone slab takes longer than a quarter of four.
-      const Part first = part_of(run, ceil_div(left, ceil_div(left, Cut::kSlabs)));
+      const int in_share = end_ - index_;
+      // As few tiles as there can be, and even: a lone slab takes longer than a quarter of four. Where
+      // experts alternate, of this one's run, so that tiles of two experts are few.
+      const int in_run = min_of(run.slabs, in_share);
+      const int left = narrow_run_ > 0 ? in_run : in_share;
+      const int even = ceil_div(left, ceil_div(left, Cut::kSlabs));
+      const Part first = part_of(run, min_of(even, in_run));
+      const int room = left < Cut::kSlabs ? min_of(Cut::kSlabs, in_share) : even;
       Walk rest = *this;
       rest.index_ += first.slabs;
-      if (left >= Cut::kSlabs || first.slabs < left || !rest.valid()) return {first, {}};
+      if (first.slabs < min_of(even, in_run) || first.slabs >= room || !rest.valid()) {
+        return {first, {}};
+      }
       const Run next = rest.run_at(rest.index_ - plan_.first_tiles[rest.place_] * slabs_);
-      const int room = min_of(Cut::kSlabs - first.slabs, rest.end_ - rest.index_);
-      return {first, part_of(next, min_of(next.slabs, room))};
+      return {first, part_of(next, min_of(next.slabs, room - first.slabs))};
     } else {
       const int tiles = plan_.first_tiles[place_ + 1] - plan_.first_tiles[place_];
       const int group = tiles == 1 ? index : index / tiles;
@@ -174,6 +184,8 @@ class Walk {
     const int row = begin + token_tile * width;
     return {expert, row, min_of(row + width, end), width, slab, slabs};
   }
+
+  MEGAMOE_HD int places() const { return Cut::kShares ? pairs_of(experts_) : experts_; }
 
   // Steps of the index that a token tile is worth.
   MEGAMOE_HD int of_token_tile() const {
