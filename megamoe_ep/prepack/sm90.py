@@ -40,9 +40,10 @@ code times scale is the weight * 2**-7, exact; the kernel gives alpha the rest. 
 byte 0, and its block's magnitudes are stored as 0, which leaves the weights what they were. NaN has
 byte 0xFF, and is a NaN in bf16 as well.
 
-Rows. Those of L2 keep their order. Slab s of L1 holds gate and up of the intermediate elements from
-64 * s on, so that one thread has both of one element, and its strips two neighbours: row 16 * w + j
-of strip mb, j < 8, is gate of element 64 * s + 16 * w + 2 * j + mb, and the row eight below is up.
+Rows. The strips of a thread have neighbours. Slab s of L2: row 16 * w + 8 * i + j of strip mb,
+j < 8, is row 128 * s + 32 * w + 16 * i + 2 * j + mb. Slab s of L1 holds gate and up of the
+intermediate elements from 64 * s on, so that a thread has both of one element: row 16 * w + j of
+strip mb is gate of element 64 * s + 16 * w + 2 * j + mb, and the row eight below is up.
 """
 
 from __future__ import annotations
@@ -131,10 +132,12 @@ def unpack(
 
 def row_order(n: int, gated: bool, device: torch.device | str = "cpu") -> torch.Tensor:
     """int64 [n]: the checkpoint's row that each packed row is."""
+    slabs = n // SLAB_ROWS
     if not gated:
-        return torch.arange(n, device=device)
-    # Slab, warp, row of eight, strip: element 64 * slab + 16 * warp + 2 * row + strip.
-    element = torch.arange(n // 2, device=device).view(n // SLAB_ROWS, 4, 8, 2).movedim(3, 1)
+        # Slab, warp, half of its rows, row of eight, strip.
+        return torch.arange(n, device=device).view(slabs, 4, 2, 8, 2).movedim(4, 1).flatten()
+    # Slab, warp, row of eight, strip.
+    element = torch.arange(n // 2, device=device).view(slabs, 4, 8, 2).movedim(3, 1)
     return torch.stack((element, element + n // 2), dim=3).flatten()
 
 

@@ -69,9 +69,9 @@ def test_every_bit_is_where_the_description_says(gated):
         return int.from_bytes(bytes(packed[offset : offset + 4]), "little")
 
     def checkpoint_row(strip: int, row: int) -> int:
-        if not gated:
-            return 128 * slab + 64 * strip + row
         warp, j = divmod(row, 16)
+        if not gated:
+            return 128 * slab + 32 * warp + 16 * (j // 8) + 2 * (j % 8) + strip
         return 64 * slab + 16 * warp + 2 * (j % 8) + strip + (n // 2 if j >= 8 else 0)
 
     for block, strip, thread in itertools.product(range(2), range(2), range(128)):

@@ -1,10 +1,9 @@
 // From a warpgroup's accumulators, 128 weight rows x N tokens, to rows of bf16 in device memory.
 //
 // A thread holds, for m64 block mb, rows r and r + 8 (r = 16 * warp + lane / 4) at tokens
-// 8j + 2 * (lane % 4) and the next. For L1 rows r and r + 8 are gate and up of one output, and the two
-// blocks have neighbours: two outputs of a token, a word for each thread, with the columns by lane
-// (megamoe_ep/prepack/sm90.py). For L2 a warp transposes its rows of sixteen tokens at a time through
-// shared memory of its own, so that no warp waits for another, and stores whole sectors.
+// 8j + 2 * (lane % 4) and the next. The two blocks have neighbours, a word of two outputs: of a token L2
+// has one of rows r and one of rows r + 8, and eight lanes have a whole sector; for L1, where these are
+// gate and up, there is one, and columns are by lane (megamoe_ep/prepack/sm90.py).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +16,7 @@
 
 namespace megamoe::sm90 {
 
-constexpr int kChunk = 16;       // tokens transposed at a time
-constexpr int kStagedRow = 80;   // bytes of one: 64 are used, the others keep banks apart
+constexpr int kChunk = 16;  // tokens at a time
 constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 
@@ -35,7 +33,6 @@ struct Outputs {
 // Shared memory of one warp.
 template <typename Cut>
 struct Staging {
-  alignas(16) uint8_t rows[kChunk][kStagedRow];  // L2
   float row_scales[Cut::kMaxTokens];  // L1: of the tile's rows
   float alpha[2];                     // L1: of gate and of up
   float input_scale;                  // L1
@@ -134,11 +131,14 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
-  // L1: of the first of a thread's tokens, those that follow counted from it.
-  const int token = kGated ? part.first_row + 2 * (lane % 4) : 0;
-  const int tokens = part.end_row - token;
-  __nv_bfloat16* out = o.out + part.slab * kSlabOutputs +
-                       (kGated ? token * o.row_elements + 8 * (lane / 4) + 2 * warp : 16 * warp);
+  const int first = part.first_row + 2 * (lane % 4);  // of this thread's rows, counted from which:
+  const int end = part.end_row - first;
+  __nv_bfloat16* out = o.out + first * o.row_elements + part.slab * kSlabOutputs +
+                       (kGated ? 8 * (lane / 4) + 2 * warp : 2 * (lane / 4) + 32 * warp);
+  const auto store = [&](int row, int column, float one, float next) {
+    const uint32_t pair = pair_of(one, next);
+    *reinterpret_cast<uint32_t*>(out + row * o.row_elements + column) = pair;
+  };
 
   wait_floats();
   __syncwarp();
@@ -150,16 +150,15 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
 
 #pragma unroll
   for (int chunk = 0; chunk < Cut::kMaxTokens / kChunk; ++chunk) {
-    const int row = part.first_row + chunk * kChunk;
-    if (row >= part.end_row) break;
+    if (part.first_row + chunk * kChunk >= part.end_row) break;
+    // Of weight rows r, or r + 8, at this thread's token t of the chunk.
+    const auto sum = [&](int t, int strip, int half) -> float& {
+      return acc[strip][chunk * kChunk / 2 + 4 * (t / 2) + t % 2 + 2 * half];
+    };
     if constexpr (kGated) {
       // All tokens' at a time, so that none waits for another's shuffles and quotients.
-      const auto gate = [&](int t, int strip) -> float& {
-        return acc[strip][chunk * kChunk / 2 + 4 * (t / 2) + t % 2];
-      };
-      const auto up = [&](int t, int strip) -> float& {
-        return acc[strip][chunk * kChunk / 2 + 4 * (t / 2) + t % 2 + 2];
-      };
+      const auto gate = [&](int t, int strip) -> float& { return sum(t, strip, 0); };
+      const auto up = [&](int t, int strip) -> float& { return sum(t, strip, 1); };
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const float row_scale = s.row_scales[chunk * kChunk + 8 * (t / 2) + 2 * (lane % 4) + t % 2];
@@ -185,47 +184,22 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
       if (quantised) requantise(h, global_scale, over_six);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const int token = chunk * kChunk + 8 * (t / 2) + t % 2;
-        if (token < tokens) {
-          *reinterpret_cast<uint32_t*>(out + token * o.row_elements) = pair_of(h[t][0], h[t][1]);
-        }
+        const int row = chunk * kChunk + 8 * (t / 2) + t % 2;
+        if (row < end) store(row, 0, h[t][0], h[t][1]);
       }
     } else {
-      const int matrix = lane / 8;  // of four that are transposed together, the one that a lane points to
-      const uint32_t staged = shared_address(s.rows);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t pairs[4];  // rows r and r + 8 of one strip, then of the other
+      for (int t = 0; t < kTokens; ++t) {
+        const int row = chunk * kChunk + 8 * (t / 2) + t % 2;
+        if (row >= end) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* two = &acc[i / 2][(chunk * kChunk + 8 * j) / 2 + 2 * (i % 2)];
-          pairs[i] = pair_of(two[0] * alpha[0], two[1] * alpha[0]);
-        }
-        store_transposed(staged + (8 * j + lane % 8) * kStagedRow + 16 * matrix, pairs);
-      }
-      __syncwarp();
-      // Pieces of 16 bytes, eight outputs: of a token the strips' halves one after the other.
-      constexpr int kPieces = 4;
-      constexpr int kOfLane = kChunk * kPieces / 32;
-      const int token = lane / kPieces;  // the first
-      const int piece = lane % kPieces;
-      const int at = 64 * (piece / 2) + 8 * (piece % 2);
-      uint4 eight[kOfLane];
-#pragma unroll
-      for (int i = 0; i < kOfLane; ++i) {
-        eight[i] = load_shared_16(staged + (token + 32 / kPieces * i) * kStagedRow + 16 * piece);
-      }
-#pragma unroll
-      for (int i = 0; i < kOfLane; ++i) {
-        const int to_row = row + token + 32 / kPieces * i;
-        if (to_row < part.end_row) {
-          *reinterpret_cast<uint4*>(out + to_row * o.row_elements + at) = eight[i];
+        for (int half = 0; half < 2; ++half) {
+          store(row, 16 * half, sum(t, 0, half) * alpha[0], sum(t, 1, half) * alpha[0]);
         }
       }
-      __syncwarp();
     }
   }
-  if constexpr (kGated) __syncwarp();  // the next tile's scales are fetched into the same memory
+  __syncwarp();  // the next tile's scales are fetched into the same memory
 }
 
 }  // namespace megamoe::sm90

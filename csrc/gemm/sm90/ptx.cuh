@@ -149,14 +149,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
-// Four 8x8 matrices of bf16, each transposed: lanes 8m to 8m + 7 say where matrix m's rows go.
-__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&m)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
-               : "memory");
-}
-
 // Arithmetic.
 
 __device__ __forceinline__ float power_of_2(float x) {

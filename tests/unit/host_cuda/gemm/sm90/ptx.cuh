@@ -185,28 +185,12 @@ inline uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
-// Lane 4r + c holds columns 2c and 2c + 1 of row r of each matrix; a column becomes a row of memory.
-inline void store_transposed(uint32_t address, const uint32_t (&m)[4]) {
-  const int lane = host_cuda::lane();
-  uint32_t addresses[32];
-  const uint64_t* all = host_cuda::exchange(address);
-  for (int i = 0; i < 32; ++i) addresses[i] = static_cast<uint32_t>(all[i]);
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t row = addresses[8 * matrix + 2 * (lane % 4) + half];
-      const auto element = static_cast<uint16_t>(m[matrix] >> 16 * half);
-      memcpy(shared_at(row, 16, 16) + 2 * (lane / 4), &element, 2);
-    }
-  }
-  __syncwarp();
-}
-
 // Arithmetic.
 
 inline float power_of_2(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float reciprocal_of_1_and_more(float x) { return 1.0f / x; }
-inline float min_or_nan(float x, float y) { return x > y ? y : x; }
-inline float max_or_nan(float x, float y) { return x < y ? y : x; }
+inline float min_or_nan(float x, float y) { return x < y || std::isnan(x) ? x : y; }
+inline float max_or_nan(float x, float y) { return x > y || std::isnan(x) ? x : y; }
 
 }  // namespace megamoe::sm90
