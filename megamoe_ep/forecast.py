@@ -75,13 +75,16 @@ class GemmTiles:
             order += [slow] * (wide - turns * wide_run) + [fast] * (narrow - turns * narrow_run)
         return order
 
+    def shares(self, n: int) -> list[int]:
+        """Of n tiles in their order, how many each block has, the last block first."""
+        share, more = divmod(n, self.blocks)
+        return [share] * (self.blocks - more) + [share + 1] * more
+
     def busiest_block(self, seconds: torch.Tensor) -> float:
         """Of tiles that take ``seconds`` each, fp64 [n]: what the block that takes longest does."""
         n = len(seconds)
         if self.run:
-            share, more = divmod(n, self.blocks)
-            sizes = [share + (block < more) for block in range(self.blocks)]
-            return max(float(part.sum()) for part in torch.split(seconds, sizes))
+            return max(float(part.sum()) for part in torch.split(seconds, self.shares(n)))
         rounds = seconds.new_zeros(-(-n // self.blocks), self.blocks)
         rounds.view(-1)[:n] = seconds
         return float(rounds.sum(0).max())

@@ -241,7 +241,10 @@ def test_the_forecast_takes_slabs_in_the_scheduler_s_order(schedule, few):
         _, parts = parts_of(schedule, few, counts, slabs, tiles.blocks)
         block, tile, expert, *_, of_part = parts.unbind(1)
         if few:
-            order = expert.repeat_interleave(of_part)
+            last_first = block.argsort(descending=True, stable=True)
+            order = expert[last_first].repeat_interleave(of_part[last_first])
+            sizes = torch.zeros(tiles.blocks, dtype=torch.long).index_add(0, block, of_part)
+            assert tiles.shares(len(order)) == sizes.flip(0).tolist()
         else:
             order = expert[(tile * tiles.blocks + block).argsort()]
         experts = []

@@ -37,7 +37,7 @@ struct Block<Few> {
   static constexpr int kProducerRegisters = 32;
   static constexpr int kConsumerRegisters = 112;
   static constexpr int kGroup = 4;
-  static constexpr int kRingBytes = 3 * stage_bytes<Few>(Few::kMaxTokens);
+  static constexpr int kRingBytes = 4 * stage_bytes<Few>(32);
 };
 
 template <>
@@ -354,6 +354,7 @@ __device__ __forceinline__ void sort_by_width(const int* offsets, int* order, in
     return e < experts ? tile_width<Cut>(offsets[e + 1] - offsets[e]) / kTokenStep : -1;
   };
   int next[kWidths] = {};  // place of the next expert with this width
+#pragma unroll 1
   for (int base = 0; base < experts; base += 32) {
     const int mine = width_of(base + lane);
 #pragma unroll
@@ -361,6 +362,7 @@ __device__ __forceinline__ void sort_by_width(const int* offsets, int* order, in
       next[width] += __popc(__ballot_sync(~0u, mine > width));
     }
   }
+#pragma unroll 1
   for (int base = 0; base < experts; base += 32) {
     const int mine = width_of(base + lane);
 #pragma unroll
@@ -384,6 +386,7 @@ __device__ __forceinline__ int make_plan(const int* offsets, int* first_tiles, i
   int sum = 0;
   int widest = kTokenStep;
   if (lane == 0) first_tiles[0] = 0;
+#pragma unroll 1
   for (int base = 0; base < places; base += 32) {
     const int place = base + lane;
     int tiles = 0;
@@ -419,6 +422,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   if (p.outputs.gated) wait_for_previous_kernel();
   let_next_kernel_start();
   if (warpgroup == Cut::kSlabs) {
+#pragma unroll 1
     for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
   } else if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {

@@ -80,10 +80,10 @@ class Walk {
       : plan_(plan), experts_(experts), slabs_(slabs) {
     if constexpr (Cut::kShares) {
       const int all = plan.first_tiles[pairs_of(experts)] * slabs;
-      // The first blocks, whose experts have the widest tiles, take one less than the last.
-      const int share = all / blocks, fewer = blocks - all % blocks;
-      index_ = share * block + (block > fewer ? block - fewer : 0);
-      end_ = index_ + share + (block >= fewer);
+      // The last blocks have the experts with the widest tiles, and take one less than the others.
+      const int share = all / blocks, fewer = blocks - all % blocks, nth = blocks - 1 - block;
+      index_ = share * nth + (nth > fewer ? nth - fewer : 0);
+      end_ = index_ + share + (nth >= fewer);
       const int most = share + (fewer < blocks);
       wide_run_ = min_of(most, ceil_div(most, 2 * Cut::kSlabs) * Cut::kSlabs);
       narrow_run_ = rows_of(plan.order[0]) > kAlike ? most - wide_run_ : 0;
@@ -91,6 +91,7 @@ class Walk {
       index_ = block;
       end_ = blocks;
     }
+    MEGAMOE_ROLLED
     for (int above = places(); above - place_ > 1;) {
       const int middle = (place_ + above) / 2;
       (index_ < plan.first_tiles[middle] * of_token_tile() ? above : place_) = middle;
@@ -100,30 +101,36 @@ class Walk {
   // Whether there is a tile here.
   MEGAMOE_HD bool valid() {
     if (Cut::kShares && index_ >= end_) return false;
+    MEGAMOE_ROLLED
     while (place_ < places() && index_ >= plan_.first_tiles[place_ + 1] * of_token_tile()) ++place_;
     return place_ < places();
   }
 
   MEGAMOE_HD Tile tile() const {
-    const int index = index_ - plan_.first_tiles[place_] * of_token_tile();
     if constexpr (Cut::kShares) {
-      const Run run = run_at(index);
-      const int in_share = end_ - index_;
-      // As few tiles as there can be, and even: a lone slab takes longer than a quarter of four. Where
-      // experts alternate, of this one's run, so that tiles of two experts are few.
-      const int in_run = min_of(run.slabs, in_share);
-      const int left = narrow_run_ > 0 ? in_run : in_share;
-      const int even = ceil_div(left, ceil_div(left, Cut::kSlabs));
-      const Part first = part_of(run, min_of(even, in_run));
-      const int room = left < Cut::kSlabs ? min_of(Cut::kSlabs, in_share) : even;
-      Walk rest = *this;
-      rest.index_ += first.slabs;
-      if (first.slabs < min_of(even, in_run) || first.slabs >= room || !rest.valid()) {
-        return {first, {}};
+      Tile tile = {};
+      Walk at = *this;
+      int room = end_ - index_;
+      MEGAMOE_ROLLED
+      for (bool second = false;; second = true) {
+        const Run run = at.run_at(at.index_ - plan_.first_tiles[at.place_] * slabs_);
+        int slabs = min_of(run.slabs, room);
+        if (!second) {
+          // As few tiles as there can be, and even: a lone slab takes longer than a quarter of four. Where
+          // experts alternate, of this one's run, so that tiles of two experts are few.
+          const int left = narrow_run_ > 0 ? slabs : room;
+          const int even = ceil_div(left, ceil_div(left, Cut::kSlabs));
+          slabs = min_of(slabs, even);
+          room = left < Cut::kSlabs ? min_of(Cut::kSlabs, room) : even;
+        }
+        const Part part = part_of(run, slabs);
+        (second ? tile.second : tile.first) = part;
+        at.index_ += part.slabs;
+        room -= part.slabs;
+        if (second || part.slabs < slabs || room == 0 || !at.valid()) return tile;
       }
-      const Run next = rest.run_at(rest.index_ - plan_.first_tiles[rest.place_] * slabs_);
-      return {first, part_of(next, min_of(next.slabs, room - first.slabs))};
     } else {
+      const int index = index_ - plan_.first_tiles[place_] * of_token_tile();
       const int tiles = plan_.first_tiles[place_ + 1] - plan_.first_tiles[place_];
       const int group = tiles == 1 ? index : index / tiles;
       const int slab = group * Cut::kSlabs;
