@@ -36,6 +36,8 @@ class GemmTiles:
             as every other, give or take one, that follow one another, half of them or so of an
             expert with wide tiles and half of one with narrow ones, in multiples of this.
         alike: widths up to this take the same time, and experts need no pairing.
+        parts: without shares, a tile of the last round is split into so many, if there are blocks
+            for all of them.
     """
 
     weight_rows: int
@@ -46,6 +48,7 @@ class GemmTiles:
     instructions: int = 0
     run: int = 0
     alike: int = 0
+    parts: int = 1
 
     def of_expert(self, rows: float) -> tuple[int, int]:
         """How many token tiles an expert with so many rows has, and their width."""
@@ -87,6 +90,9 @@ class GemmTiles:
             return max(float(part.sum()) for part in torch.split(seconds, self.shares(n)))
         rounds = seconds.new_zeros(-(-n // self.blocks), self.blocks)
         rounds.view(-1)[:n] = seconds
+        last = n % self.blocks
+        if self.parts * last <= self.blocks:
+            rounds.view(-1)[n - last : n] /= self.parts
         return float(rounds.sum(0).max())
 
 
@@ -114,8 +120,8 @@ KERNELS = {
     # csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens
     # take; tests/unit/test_sass.py counts the instructions.
     "H200": GemmKernels(
-        GemmTiles(128, 48, 8, 132, 26, 142, run=4, alike=16),
-        GemmTiles(256, 176, 8, 132, 26, 296),
+        GemmTiles(128, 48, 8, 132, 26, 132, run=4, alike=16),
+        GemmTiles(256, 176, 8, 132, 26, 276, parts=2),
         lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
         fused=True,
     ),

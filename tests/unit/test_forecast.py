@@ -140,6 +140,7 @@ def test_a_share_is_of_neighbours_and_a_round_of_one_tile_a_block():
     tiles = GemmTiles(128, 48, 8, blocks=3)
     assert replace(tiles, run=4).busiest_block(seconds) == 9 + 8  # of 2, 2 and 3 tiles
     assert tiles.busiest_block(seconds) == 9 + 1 + 1  # tiles 0, 3 and 6
+    assert replace(tiles, parts=2).busiest_block(seconds) == 9 + 1 + 0.5
     for way in (tiles, replace(tiles, run=4)):
         assert way.busiest_block(seconds[:2]) == 9
         assert way.busiest_block(seconds[:0]) == 0

@@ -246,7 +246,15 @@ def test_the_forecast_takes_slabs_in_the_scheduler_s_order(schedule, few):
             sizes = torch.zeros(tiles.blocks, dtype=torch.long).index_add(0, block, of_part)
             assert tiles.shares(len(order)) == sizes.flip(0).tolist()
         else:
-            order = expert[(tile * tiles.blocks + block).argsort()]
+            # Two slabs of one tile of the last round have the same rows.
+            whole, slab = of_part == 2, parts[:, 6]
+            again = ~whole & (slab % 2 == 1)
+            assert torch.equal(parts[again, 2:6], parts[~whole & ~again, 2:6])
+            assert not len(of_part) or (tile[~whole] == tile.max()).all()
+            assert bool(again.any()) == (
+                0 < 2 * (int((~again).sum()) % tiles.blocks) <= tiles.blocks
+            )
+            order = expert[~again][(tile * tiles.blocks + block)[~again].argsort()]
         experts = []
         for number, rows in enumerate(counts.tolist()):
             token_tiles, width = tiles.of_expert(rows)

@@ -21,7 +21,8 @@ MEGAMOE_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // of all slabs, to one slab, and a share is of two experts, one with wide tiles and one with narrow ones,
 // so that all take about as long. Many rows, and the tensor cores are the bound: tiles are numbered by
 // expert, slabs and token tile, so that blocks that run at the same time share weights while those are in
-// L2, and block b takes tiles b, b + blocks, b + 2 * blocks ...
+// L2, and block b takes tiles b, b + blocks, b + 2 * blocks ... Those of the last round are split into
+// slabs if there are blocks for all of these.
 template <int slabs, int max_tokens, bool shares>
 struct Cut {
   static constexpr int kSlabs = slabs;           // of a tile
@@ -88,13 +89,16 @@ class Walk {
       wide_run_ = min_of(most, ceil_div(most, 2 * Cut::kSlabs) * Cut::kSlabs);
       narrow_run_ = rows_of(plan.order[0]) > kAlike ? most - wide_run_ : 0;
     } else {
+      const int all = plan.first_tiles[experts] * of_token_tile();
+      const int last = all % blocks;
       index_ = block;
       end_ = blocks;
+      lone_ = Cut::kSlabs * last <= blocks ? all - last : all;
     }
     MEGAMOE_ROLLED
     for (int above = places(); above - place_ > 1;) {
       const int middle = (place_ + above) / 2;
-      (index_ < plan.first_tiles[middle] * of_token_tile() ? above : place_) = middle;
+      (whole() < plan.first_tiles[middle] * of_token_tile() ? above : place_) = middle;
     }
   }
 
@@ -102,8 +106,8 @@ class Walk {
   MEGAMOE_HD bool valid() {
     if (Cut::kShares && index_ >= end_) return false;
     MEGAMOE_ROLLED
-    while (place_ < places() && index_ >= plan_.first_tiles[place_ + 1] * of_token_tile()) ++place_;
-    return place_ < places();
+    while (place_ < places() && whole() >= plan_.first_tiles[place_ + 1] * of_token_tile()) ++place_;
+    return place_ < places() && (Cut::kShares || index_ < lone_ || tile().first.slabs > 0);
   }
 
   MEGAMOE_HD Tile tile() const {
@@ -130,11 +134,13 @@ class Walk {
         if (second || part.slabs < slabs || room == 0 || !at.valid()) return tile;
       }
     } else {
-      const int index = index_ - plan_.first_tiles[place_] * of_token_tile();
+      const int index = whole() - plan_.first_tiles[place_] * of_token_tile();
       const int tiles = plan_.first_tiles[place_ + 1] - plan_.first_tiles[place_];
       const int group = tiles == 1 ? index : index / tiles;
-      const int slab = group * Cut::kSlabs;
-      return {part(place_, index - group * tiles, slab, min_of(slabs_ - slab, Cut::kSlabs)), {}};
+      const bool lone = index_ >= lone_;
+      const int slab = group * Cut::kSlabs + (lone ? (index_ - lone_) % Cut::kSlabs : 0);
+      const int slabs = min_of(slabs_ - slab, lone ? 1 : Cut::kSlabs);
+      return {part(place_, index - group * tiles, slab, slabs), {}};
     }
   }
 
@@ -192,6 +198,11 @@ class Walk {
     return {expert, row, min_of(row + width, end), width, slab, slabs};
   }
 
+  // The number of the tile, of which this may be but a slab.
+  MEGAMOE_HD int whole() const {
+    return Cut::kShares || index_ < lone_ ? index_ : lone_ + (index_ - lone_) / Cut::kSlabs;
+  }
+
   MEGAMOE_HD int places() const { return Cut::kShares ? pairs_of(experts_) : experts_; }
 
   // Steps of the index that a token tile is worth.
@@ -205,6 +216,7 @@ class Walk {
   int index_;
   int end_;        // or how far it is to the next tile
   int place_ = 0;  // of the expert, or of the pair
+  int lone_ = 0;  // of rounds: the first that is of one slab
   int wide_run_ = 0;
   int narrow_run_ = 0;  // 0: no turns
 };
