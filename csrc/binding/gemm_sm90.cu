@@ -50,13 +50,12 @@ void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device
   const CurrentDevice current(device);
   TokenMaps<Cut> maps;
   int rows = 0;
-  for (CUtensorMap& map : maps.of_height) {
-    map = map_tokens(tokens, all_rows, problem.k, rows += kTokenBox);
+  for (CUtensorMap& map : maps.of_width) {
+    map = map_tokens(tokens, all_rows, problem.k, rows += kTokenStep);
   }
   const auto kernel = grouped_gemm<Cut>;
-  // The most, whatever this call needs: the limit is the function's, and threads may launch at once.
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<Cut>()),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "grouped_gemm's shared memory");
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -64,7 +63,7 @@ void launch(const Problem& problem, int64_t tokens, int64_t all_rows, int device
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_sms(device)));
   config.blockDim = dim3(kThreads<Cut>);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes<Cut>(problem.experts));
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;

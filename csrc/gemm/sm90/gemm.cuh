@@ -28,7 +28,7 @@ namespace megamoe::sm90 {
 constexpr int kStrips = 2;  // m64 blocks of a slab
 
 // What a block is made of, for each way to cut a GEMM: registers of a thread; the k16 steps that are
-// decoded and handed to wgmma at a time, as many as registers allow; the ring.
+// decoded and handed to wgmma at a time, as many as registers allow.
 template <typename Cut>
 struct Block;
 
@@ -37,7 +37,6 @@ struct Block<Few> {
   static constexpr int kProducerRegisters = 32;
   static constexpr int kConsumerRegisters = 112;
   static constexpr int kGroup = 4;
-  static constexpr int kRingBytes = 4 * stage_bytes<Few>(32);
 };
 
 template <>
@@ -45,18 +44,16 @@ struct Block<Many> {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
   static constexpr int kGroup = 2;
-  static constexpr int kRingBytes = 3 * stage_bytes<Many>(Many::kMaxTokens);
 };
 
 // A consumer warpgroup for each slab, and the producers.
 template <typename Cut>
 constexpr int kThreads = (Cut::kSlabs + 1) * kWarpgroup;
 
-// Maps of the same tokens, a box for each height that a tile can load: the first has kTokenBox rows, each
-// other one as many more. All are 64 of k wide.
+// Maps of the same tokens, a box for each width of a tile, 64 of k wide.
 template <typename Cut>
 struct TokenMaps {
-  CUtensorMap of_height[Cut::kMaxTokens / kTokenBox];
+  CUtensorMap of_width[Cut::kMaxTokens / kTokenStep];
 };
 
 struct Problem {
@@ -70,23 +67,24 @@ struct Problem {
 
 template <typename Cut>
 struct Shared {
-  static constexpr int kMostExperts = 1024;  // megamoe_ep/prepack: MAX_EXPERTS
-
-  uint8_t ring[Block<Cut>::kRingBytes];
   Staging<Cut> staging[kWarps * Cut::kSlabs];  // of each consumer warp
   Barriers barriers;
   Tile tiles[kMaxTiles];                       // under way, in turn
-  int widest;                                  // tile
+  int token_rows;                              // of a stage
   int plan[1];                                 // offsets[L + 1], first_tiles[L + 1], order[L]
 };
 
+// The ring has what is left of shared memory. TMA's 128-byte swizzle repeats every 1024 bytes.
+constexpr int kSwizzleBytes = 1024;
+constexpr int kMostExperts = 1024;  // megamoe_ep/prepack: MAX_EXPERTS
 template <typename Cut>
-MEGAMOE_HD constexpr int shared_bytes(int experts = Shared<Cut>::kMostExperts) {
-  return static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 2);
+MEGAMOE_HD constexpr int ring_at(int experts) {
+  const int before = static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 1);
+  return ceil_div(before, kSwizzleBytes) * kSwizzleBytes;
 }
-static_assert(shared_bytes<Few>() <= 227 * 1024 && shared_bytes<Many>() <= 227 * 1024);
+static_assert(ring_at<Few>(kMostExperts) + 3 * stage_bytes<Few>(2 * Few::kMaxTokens) <= kSharedBytes);
+static_assert(ring_at<Many>(kMostExperts) + 3 * stage_bytes<Many>(Many::kMaxTokens) <= kSharedBytes);
 
-// TMA's 128-byte swizzle repeats every 1024 bytes.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 template <typename Cut>
@@ -224,17 +222,18 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
   }
 }
 
-// Where a stage has the tokens of a part.
+// Where a stage has the tokens of a tile's first part, or of its second.
 template <typename Cut>
-__device__ __forceinline__ int tokens_at(bool second) {
-  const int of_first = Cut::kSlabs * kSlabStageBytes;
-  return second ? of_first + kStageBlocks * token_block_bytes(shared<Cut>().widest) : of_first;
+__device__ __forceinline__ int tokens_at(const Tile& tile, bool second) {
+  const int weights = Cut::kSlabs * kSlabStageBytes;
+  return second ? weights + kStageBlocks * token_block_bytes(tile.first.width) : weights;
 }
 
 template <typename Cut>
-__device__ __forceinline__ Ring make_ring(uint32_t barriers) {
-  return Ring(shared_address(shared<Cut>().ring), Block<Cut>::kRingBytes, barriers,
-              stage_bytes<Cut>(shared<Cut>().widest));
+__device__ __forceinline__ Ring make_ring(uint32_t barriers, int experts) {
+  const int at = ring_at<Cut>(experts);
+  return Ring(shared_address(shared_memory + at), kSharedBytes - at, barriers,
+              stage_bytes<Cut>(shared<Cut>().token_rows));
 }
 
 // The producer warp that tells consumers of a tile, and how much of a stage to wait for. Of all four it is
@@ -273,8 +272,8 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
     const Part part = of_first ? first : second;
     const bool brings_tokens = part.slabs > 0;
     if (!p.outputs.gated && brings_tokens) wait_for_previous_kernel();  // L1 may be at work on them
-    const CUtensorMap* map = &maps.of_height[(part.width - 1) / kTokenBox];
-    const int to_tokens = tokens_at<Cut>(!of_first) + block * token_block_bytes(part.width);
+    const CUtensorMap* map = &maps.of_width[part.width / kTokenStep - 1];
+    const int to_tokens = tokens_at<Cut>(tile, !of_first) + block * token_block_bytes(part.width);
 #pragma unroll 1
     for (int column = block * kBlockK; column < p.k; column += kStageK) {
       ring.wait_empty();
@@ -316,7 +315,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
   Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
   const int stages = p.k / kStageK;
   wait(barriers, 0);  // for the first stage, before which all is planned
-  Ring ring = make_ring<Cut>(barriers);
+  Ring ring = make_ring<Cut>(barriers, p.experts);
   for (int turn = 0;; turn = (turn + 1) % kMaxTiles) {
     ring.wait_full();
     const Tile& tile = shared<Cut>().tiles[turn];
@@ -334,8 +333,8 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
     }
     fetch_scales<Cut>(staging, p.outputs, part);
     Accumulators<Cut> acc;
-    accumulate<Cut>(acc, ring, tokens_at<Cut>(thread_read_anew() / kWarpgroup >= tile.first.slabs), stages,
-                    uniform(part.width));
+    const bool second = thread_read_anew() / kWarpgroup >= tile.first.slabs;
+    accumulate<Cut>(acc, ring, tokens_at<Cut>(tile, second), stages, uniform(part.width));
     const Part same = my_part();  // anew, so that it takes no registers meanwhile
     if (p.outputs.gated) {
       store_outputs<Cut, true>(acc, p.outputs, staging, same);
@@ -375,7 +374,7 @@ __device__ __forceinline__ void sort_by_width(const int* offsets, int* order, in
   __syncwarp();
 }
 
-// Fills in the plan from the offsets; returns the widest tile's width. By one warp.
+// Fills in the plan from the offsets; returns how many rows of tokens a stage may have. By one warp.
 template <typename Cut>
 __device__ __forceinline__ int make_plan(const int* offsets, int* first_tiles, int* order,
                                          int experts) {
@@ -384,7 +383,7 @@ __device__ __forceinline__ int make_plan(const int* offsets, int* first_tiles, i
   const auto rows_of = [&](int e) { return offsets[e + 1] - offsets[e]; };
   if constexpr (Cut::kShares) sort_by_width<Cut>(offsets, order, experts);
   int sum = 0;
-  int widest = kTokenStep;
+  int most = kTokenStep;
   if (lane == 0) first_tiles[0] = 0;
 #pragma unroll 1
   for (int base = 0; base < places; base += 32) {
@@ -393,9 +392,17 @@ __device__ __forceinline__ int make_plan(const int* offsets, int* first_tiles, i
     if (place < places) {
       const int rows = rows_of(Cut::kShares ? order[place] : place);  // the wide one of a pair
       tiles = token_tiles<Cut>(rows);
-      widest = max(widest, tile_width<Cut>(rows));
-      const int other = experts - 1 - place;
-      if (Cut::kShares && other != place) tiles += token_tiles<Cut>(rows_of(order[other]));
+      int token_rows = tile_width<Cut>(rows);
+      if constexpr (Cut::kShares) {
+        // A tile's second part is of the pair's other expert. The next pair's would have no more rows, but
+        // for pairs of one expert with rows.
+        const int other = experts - 1 - place;
+        const int narrow = other != place ? rows_of(order[other]) : 0;
+        const int next = place + 1 < places ? rows_of(order[place + 1]) : 0;
+        tiles += token_tiles<Cut>(narrow);
+        token_rows += tile_width<Cut>(narrow > 0 ? narrow : next);
+      }
+      most = max(most, token_rows);
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -405,7 +412,7 @@ __device__ __forceinline__ int make_plan(const int* offsets, int* first_tiles, i
     if (place < places) first_tiles[place + 1] = sum + tiles;
     sum += __shfl_sync(~0u, tiles, 31);
   }
-  return __reduce_max_sync(~0u, widest);
+  return __reduce_max_sync(~0u, most);
 }
 
 // L1 and L2 are one kernel, as one's instructions are then at hand when the other begins.
@@ -439,16 +446,17 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   if (warpgroup == Cut::kSlabs) {
     int* first_tiles = offsets + p.experts + 1;
     int* order = first_tiles + p.experts + 1;
-    if (thread < Cut::kMaxTokens / kTokenBox) prefetch_map(&maps.of_height[thread]);
+    if (thread < Cut::kMaxTokens / kTokenStep) prefetch_map(&maps.of_width[thread]);
     if (thread < 32) {
-      const int width = make_plan<Cut>(offsets, first_tiles, order, p.experts);
-      if (thread == 0) shared<Cut>().widest = width;
+      const int token_rows = make_plan<Cut>(offsets, first_tiles, order, p.experts);
+      if (thread == 0) shared<Cut>().token_rows = token_rows;
     }
     sync_warpgroup();
     give_registers_back<Block<Cut>::kProducerRegisters>();
     const Walk<Cut> walk({offsets, first_tiles, order}, p.experts, p.n / kSlabRows,
                          static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    if (one_lane()) produce<Cut>(p, maps, make_ring<Cut>(barriers), walk, thread / 32);
+    const Ring ring = make_ring<Cut>(barriers, p.experts);
+    if (one_lane()) produce<Cut>(p, maps, ring, walk, thread / 32);
   } else {
     take_registers<Block<Cut>::kConsumerRegisters>();
     consume<Cut>(p, barriers);

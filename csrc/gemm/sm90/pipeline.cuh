@@ -2,7 +2,7 @@
 //
 // A stage is two k64 blocks: of each slab of the tile, one after the other, the weights; then, for each
 // part that a tile can have, the tokens of the first block and of the second, in rows of 128
-// bytes. All experts' tiles are known before the first copy, so stages are only as wide as the widest
+// bytes. All experts' tiles are known before the first copy, so stages are only as long as the longest
 // needs, and few tokens get a deeper ring.
 #pragma once
 
@@ -21,12 +21,11 @@ constexpr int kBlockCodeBytes = 4096;
 constexpr int kScalesAt = kStageBlocks * kBlockCodeBytes;
 constexpr int kTokenBytes = 2 * kBlockK;  // of a row of a block
 
-MEGAMOE_HD constexpr int token_block_bytes(int width) { return loaded_rows(width) * kTokenBytes; }
+MEGAMOE_HD constexpr int token_block_bytes(int rows) { return rows * kTokenBytes; }
 
 template <typename Cut>
-MEGAMOE_HD constexpr int stage_bytes(int width) {
-  constexpr int kParts = Cut::kShares ? 2 : 1;
-  return Cut::kSlabs * kSlabStageBytes + kParts * kStageBlocks * token_block_bytes(width);
+MEGAMOE_HD constexpr int stage_bytes(int token_rows) {
+  return Cut::kSlabs * kSlabStageBytes + kStageBlocks * token_block_bytes(token_rows);
 }
 
 // Tokens as TMA leaves them with 128-byte swizzle, rows of 64 bf16, eight of them to a pattern: the low

@@ -12,6 +12,8 @@
 
 namespace megamoe::sm90 {
 
+constexpr int kSharedBytes = 227 * 1024;  // that a block may have
+
 // Threads.
 
 // This thread's number in the block, read anew: what is worked out from it is not kept in registers

@@ -44,10 +44,6 @@ MEGAMOE_HD int tile_width(int rows) {
   return ceil_div(rows, token_tiles<Cut>(rows) * kTokenStep) * kTokenStep;
 }
 
-// Rows that are loaded for a tile of this width, in one box.
-constexpr int kTokenBox = 16;
-MEGAMOE_HD constexpr int loaded_rows(int width) { return ceil_div(width, kTokenBox) * kTokenBox; }
-
 // Slabs of a tile that are of one token tile.
 struct Part {
   int expert;

@@ -11,7 +11,7 @@ template <typename Cut>
 void run(const Problem& p, const uint16_t* rows, int64_t all_rows, int blocks) {
   TokenMaps<Cut> maps;
   int height = 0;
-  for (CUtensorMap& map : maps.of_height) map = {rows, all_rows, p.k, height += kTokenBox};
+  for (CUtensorMap& map : maps.of_width) map = {rows, all_rows, p.k, height += kTokenStep};
   // A block that never does could end, and let what follows begin, before the kernel ahead has.
   const auto expect_wait = [] { expect(waits > 0, "did not wait for the kernel ahead"); };
   host_cuda::before_block = [&](int block) {
@@ -19,7 +19,7 @@ void run(const Problem& p, const uint16_t* rows, int64_t all_rows, int blocks) {
     waits = 0;
   };
   host_cuda::launch(blocks, kThreads<Cut>, reinterpret_cast<int*>(shared_memory),
-                    shared_bytes<Cut>(p.experts), kSharedBytes,
+                    kSharedBytes, kSharedBytes,
                     [&] { grouped_gemm<Cut>(p, maps); });
   expect_wait();
   host_cuda::before_block = [](int) {};
