@@ -315,6 +315,9 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
   Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
   const int stages = p.k / kStageK;
   wait(barriers, 0);  // for the first stage, before which all is planned
+  // Of many, one warpgroup is some way behind the other: so one multiplies while the other stores.
+  constexpr uint32_t kBehindNs = 1200;
+  if (!Cut::kShares && threadIdx.x >= kWarpgroup) sleep(kBehindNs);
   Ring ring = make_ring<Cut>(barriers, p.experts);
   for (int turn = 0;; turn = (turn + 1) % kMaxTiles) {
     ring.wait_full();

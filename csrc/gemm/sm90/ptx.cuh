@@ -24,6 +24,8 @@ __device__ __forceinline__ int thread_read_anew() {
   return thread;
 }
 
+__device__ __forceinline__ void sleep(uint32_t ns) { __nanosleep(ns); }
+
 // The same number in every thread of a warp, known to be so to the compiler, which then keeps it and
 // what follows from it where wgmma wants its descriptors.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }

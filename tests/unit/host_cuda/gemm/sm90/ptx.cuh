@@ -173,6 +173,8 @@ inline int32_t load_from_l2(const int32_t* p) { return *p; }
 inline void copy_float(float* to, const float* from) { *to = *from; }
 inline void wait_floats() {}
 
+inline void sleep(uint32_t) {}
+
 inline uint2 load_shared_8(uint32_t address) {
   uint2 v;
   memcpy(&v, shared_at(address, 8, 8), 8);
