@@ -449,7 +449,8 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   if (warpgroup == Cut::kSlabs) {
     int* first_tiles = offsets + p.experts + 1;
     int* order = first_tiles + p.experts + 1;
-    if (thread < Cut::kMaxTokens / kTokenStep) prefetch_map(&maps.of_width[thread]);
+    const int map = thread - 32;  // not by the first warp, which all wait for
+    if (map >= 0 && map < Cut::kMaxTokens / kTokenStep) prefetch_map(&maps.of_width[map]);
     if (thread < 32) {
       const int token_rows = make_plan<Cut>(offsets, first_tiles, order, p.experts);
       if (thread == 0) shared<Cut>().token_rows = token_rows;

@@ -51,7 +51,7 @@ class Ring {
  public:
   __device__ Ring(uint32_t memory, int nbytes, uint32_t barriers, int stage_bytes)
       : memory_(memory), barriers_(barriers), stage_bytes_(stage_bytes),
-        stages_(min(kMaxStages, nbytes / stage_bytes)) {}
+        stages_(min(kMaxStages, divide(nbytes, stage_bytes))) {}
 
   __device__ uint32_t memory() const { return memory_; }
   __device__ uint32_t offset() const { return stage_ * stage_bytes_; }

@@ -14,7 +14,11 @@ namespace megamoe::sm90 {
 constexpr int kSlabRows = 128;
 constexpr int kTokenStep = 8;  // wgmma's widths are multiples of it
 
-MEGAMOE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Of numbers that are not negative, which takes fewer instructions.
+MEGAMOE_HD constexpr int divide(int a, int b) {
+  return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
+}
+MEGAMOE_HD constexpr int ceil_div(int a, int b) { return divide(a + b - 1, b); }
 MEGAMOE_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // How a GEMM is cut. Few rows an expert, and memory is the bound or nearly: every block has an equal share
@@ -78,7 +82,8 @@ class Walk {
     if constexpr (Cut::kShares) {
       const int all = plan.first_tiles[pairs_of(experts)] * slabs;
       // The last blocks have the experts with the widest tiles, and take one less than the others.
-      const int share = all / blocks, fewer = blocks - all % blocks, nth = blocks - 1 - block;
+      const int share = divide(all, blocks), more = all - share * blocks;
+      const int fewer = blocks - more, nth = blocks - 1 - block;
       index_ = share * nth + (nth > fewer ? nth - fewer : 0);
       end_ = index_ + share + (nth >= fewer);
       const int most = share + (fewer < blocks);
@@ -86,14 +91,14 @@ class Walk {
       narrow_run_ = rows_of(plan.order[0]) > kAlike ? most - wide_run_ : 0;
     } else {
       const int all = plan.first_tiles[experts] * of_token_tile();
-      const int last = all % blocks;
+      const int last = all - divide(all, blocks) * blocks;
       index_ = block;
       end_ = blocks;
       lone_ = Cut::kSlabs * last <= blocks ? all - last : all;
     }
     MEGAMOE_ROLLED
     for (int above = places(); above - place_ > 1;) {
-      const int middle = (place_ + above) / 2;
+      const int middle = divide(place_ + above, 2);
       (whole() < plan.first_tiles[middle] * of_token_tile() ? above : place_) = middle;
     }
   }
@@ -132,7 +137,7 @@ class Walk {
     } else {
       const int index = whole() - plan_.first_tiles[place_] * of_token_tile();
       const int tiles = plan_.first_tiles[place_ + 1] - plan_.first_tiles[place_];
-      const int group = tiles == 1 ? index : index / tiles;
+      const int group = tiles == 1 ? index : divide(index, tiles);
       const bool lone = index_ >= lone_;
       const int slab = group * Cut::kSlabs + (lone ? (index_ - lone_) % Cut::kSlabs : 0);
       const int slabs = min_of(slabs_ - slab, lone ? 1 : Cut::kSlabs);
@@ -167,8 +172,8 @@ class Walk {
     const int both = wide_run_ + narrow_run_;
     int turns = 0, turn = 0;
     if (narrow_run_ > 0) {
-      turns = min_of(of_wide / wide_run_, of_narrow / narrow_run_);
-      turn = min_of(index / both, turns);
+      turns = min_of(divide(of_wide, wide_run_), divide(of_narrow, narrow_run_));
+      turn = min_of(divide(index, both), turns);
     }
     const int wide_begin = turn * wide_run_, narrow_begin = turn * narrow_run_;
     const int wide_end = turn < turns ? wide_begin + wide_run_ : of_wide;
@@ -182,7 +187,7 @@ class Walk {
 
   // Of a run's first slabs, at most so many, what is of one token tile.
   MEGAMOE_HD Part part_of(const Run& run, int slabs) const {
-    const int token_tile = run.begin < slabs_ ? 0 : run.begin / slabs_;
+    const int token_tile = run.begin < slabs_ ? 0 : divide(run.begin, slabs_);
     const int slab = run.begin - token_tile * slabs_;
     return part(run.expert, token_tile, slab, min_of(slabs, slabs_ - slab));
   }
