@@ -131,7 +131,7 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
-  const int first = part.first_row + 2 * (lane % 4);  // of this thread's rows, counted from which:
+  const int first = part.first_row + 2 * (lane % 4);  // of this thread's rows; the others count from it
   const int end = part.end_row - first;
   __nv_bfloat16* out = o.out + first * o.row_elements + part.slab * kSlabOutputs +
                        (kGated ? 8 * (lane / 4) + 2 * warp : 2 * (lane / 4) + 32 * warp);

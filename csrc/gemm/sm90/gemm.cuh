@@ -1,7 +1,8 @@
 // The grouped GEMM of one projection on Hopper: out[r, :] = epilogue(W[expert of r] x[r, :]).
 //
-// Reads: tokens bf16 [R, K] by expert, left by dispatch (L1) or by L1 (L2); packed weights; the
-// experts' first rows, which only the device knows. Writes: rows of bf16, of tokens alone.
+// Reads: tokens bf16 [R, K] by expert, left by dispatch (L1) or by L1 (L2), with columns by lane
+// (megamoe_ep/prepack/sm90.py); packed weights; the experts' first rows, which only the device knows.
+// Writes: rows of bf16, of tokens alone.
 // Floor: max(weight bytes of experts with rows / memory bandwidth, 2 R N K / bf16 rate).
 //
 // One block an SM. Producer warps copy pairs of k64 blocks into a ring of stages. Each consumer
