@@ -15,6 +15,7 @@ ActivationFormat = Literal["nvfp4", "bf16"]
 
 MAX_RANKS = 256  # the abort record names ranks in a mask of four 64-bit words
 MAX_EXPERTS = 65536  # csrc/comm/offsets.cuh: an expert's rank in one multiplication
+MAX_TOKENS = 2**21 - 1  # csrc/comm/offsets.cuh: what a flag counts
 MAX_TOP_K = 32  # one lane of a warp per slot
 MAX_DIMENSION = 65536  # portable.exact_matmul: every partial sum stays below 2**53
 REGION_ALIGNMENT = 256  # bytes; a region starts on a fresh pair of cache lines
@@ -82,6 +83,11 @@ class LayerShape:
             raise ArgumentError(
                 f"num_experts must be a multiple of the number of ranks, so that every rank owns "
                 f"as many; got {self.num_experts} experts on {self.world_size} ranks."
+            )
+        if self.max_num_tokens > MAX_TOKENS:
+            raise ArgumentError(
+                f"max_num_tokens must be at most {MAX_TOKENS}; got {self.max_num_tokens}. Call the "
+                f"layer more often."
             )
         if self.top_k > MAX_TOP_K:
             raise ArgumentError(f"top_k must be at most {MAX_TOP_K}; got {self.top_k}.")

@@ -21,17 +21,18 @@ using tvm::ffi::String;
 // one more kernel.
 constexpr int64_t kCountHere = 4096;
 
-// Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends.
+// Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends, and
+// with more blocks where it has more tokens than those.
 class Launcher {
  public:
   Launcher(const View& v, int64_t stream)
       : device_(static_cast<int>(v.device)),
         current_(device_),
-        blocks_(static_cast<unsigned>(v.blocks)),
+        view_(v),
         stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
   template <typename... Parameters, typename... Arguments>
-  void run(const char* name, void (*kernel)(Parameters...), int64_t shared_bytes,
+  void run(const char* name, void (*kernel)(Parameters...), int64_t tokens, int64_t shared_bytes,
            Arguments... arguments) const {
     const void* function = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
@@ -44,7 +45,8 @@ class Launcher {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks_);
+    const int64_t blocks = tokens > view_.blocks ? view_.most_blocks : view_.blocks;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
@@ -56,7 +58,7 @@ class Launcher {
  private:
   int device_;
   CurrentDevice current_;
-  unsigned blocks_;
+  const View& view_;
   cudaStream_t stream_;
 };
 
@@ -84,18 +86,21 @@ void comm_stage(int64_t view, int64_t x, int64_t topk_idx, int64_t topk_weights,
       View::local<const int32_t>(num_tokens),
       static_cast<int32_t>(rows),
   };
-  Launcher(v, stream).run("stage_tokens", stage_tokens, stage_shared_bytes(), v, arguments);
+  Launcher(v, stream).run("stage_tokens", stage_tokens, rows, stage_shared_bytes(), v, arguments);
 }
 
 void comm_dispatch(int64_t view, bool with_weights, bool by_lane, int64_t stats,
                    int64_t stats_bytes, int64_t stream) {
   const View& v = view_at(view);
   const Launcher launcher(v, stream);
-  const bool count_here = v.world_size * v.max_tokens * v.top_k <= kCountHere;
-  launcher.run("dispatch_send", dispatch_send, send_shared_bytes(v), v,
+  const int64_t received = v.world_size * v.max_tokens;
+  const bool count_here = received * v.top_k <= kCountHere;
+  launcher.run("dispatch_send", dispatch_send, v.max_tokens, send_shared_bytes(v), v,
                static_cast<int>(with_weights));
-  if (!count_here) launcher.run("dispatch_count", dispatch_count, count_shared_bytes(v), v);
-  launcher.run("dispatch_expand", dispatch_expand, expand_shared_bytes(v), v,
+  if (!count_here) {
+    launcher.run("dispatch_count", dispatch_count, received, count_shared_bytes(v), v);
+  }
+  launcher.run("dispatch_expand", dispatch_expand, received, expand_shared_bytes(v), v,
                static_cast<int>(count_here), static_cast<int>(by_lane), View::local<void>(stats),
                static_cast<int>(stats_bytes));
 }
@@ -106,12 +111,22 @@ void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t s
   const int64_t shared_bytes = combine_shared_bytes(v);
   const int rows = static_cast<int>(y_rows);
   if (exact) {
-    launcher.run("combine_send_rows", combine_send_rows, shared_bytes, v);
-    launcher.run("combine_sum", combine_sum<true>, shared_bytes, v, View::local<char>(y), rows);
+    launcher.run("combine_send_rows", combine_send_rows, v.max_tokens, shared_bytes, v);
+    launcher.run("combine_sum", combine_sum<true>, rows, shared_bytes, v, View::local<char>(y), rows);
   } else {
-    launcher.run("combine_send_sums", combine_send_sums, shared_bytes, v);
-    launcher.run("combine_sum", combine_sum<false>, shared_bytes, v, View::local<char>(y), rows);
+    launcher.run("combine_send_sums", combine_send_sums, v.max_tokens, shared_bytes, v);
+    launcher.run("combine_sum", combine_sum<false>, rows, shared_bytes, v, View::local<char>(y),
+                 rows);
   }
+}
+
+// Whether kernels on GPU `device` can add to the memory of GPU `peer`, as raising a flag does.
+bool comm_adds_to_peer(int64_t device, int64_t peer) {
+  int able = 0;
+  check(cudaDeviceGetP2PAttribute(&able, cudaDevP2PAttrNativeAtomicSupported,
+                                  static_cast<int>(device), static_cast<int>(peer)),
+        "cudaDeviceGetP2PAttribute");
+  return able != 0;
 }
 
 void comm_flag_rounds(int64_t there, int64_t here, int64_t first, int64_t rounds, int64_t timeout_ns,
@@ -132,4 +147,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_status_words, megamoe::comm::comm_status_word
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_stage, megamoe::comm::comm_stage);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_dispatch, megamoe::comm::comm_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_combine, megamoe::comm::comm_combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_adds_to_peer, megamoe::comm::comm_adds_to_peer);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(comm_flag_rounds, megamoe::comm::comm_flag_rounds);

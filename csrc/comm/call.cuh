@@ -1,4 +1,10 @@
 // What the kernels of one call have in common.
+//
+// Every kernel here lets the next one start only after its own wait for the one before, those that
+// poll flags once the flags are there. So when a kernel begins, all kernels but the one before it have
+// ended, and what they left, and what flags vouch for, can be read before the wait: past the first
+// cache, since nothing empties that meanwhile. dispatch and combine may follow each other directly,
+// with no GEMM between, and dispatch_send any kernel but dispatch_expand.
 #pragma once
 
 #include "comm/offsets.cuh"
@@ -16,7 +22,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
 __device__ __forceinline__ int num_staged(const View& v) {
-  const int n = *v.mine<const int>(v.num_tokens);
+  const int n = static_cast<int>(load_relaxed_gpu(v.mine<const int32_t>(v.num_tokens)));
   return min(max(n, 0), static_cast<int>(v.max_tokens));
 }
 
@@ -32,8 +38,8 @@ __device__ __noinline__ void report_bad_input(const View& v, BadInput what, int 
   store_relaxed_sys(status + kBadInput, static_cast<uint64_t>(what));
 }
 
-// Number of this call, from 1; dispatch_send opens it.
-__device__ __forceinline__ uint64_t current_call(const View& v) {
+// Number of the last call, 1 is the first; dispatch_expand counts on.
+__device__ __forceinline__ uint64_t last_call(const View& v) {
   return load_relaxed_sys(v.mine<uint64_t>(v.epoch));
 }
 

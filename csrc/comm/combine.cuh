@@ -17,7 +17,7 @@
 
 namespace megamoe::comm {
 
-MEGAMOE_HD int64_t combine_shared_bytes(const View& v) { return 4 * (v.world_size + 2); }
+MEGAMOE_HD int64_t combine_shared_bytes(const View& v) { return 4 * (v.world_size + 1); }
 
 // One lane's share of a row: kPieces pieces of 8 elements, 256 elements apart.
 template <int kPieces>
@@ -119,27 +119,31 @@ __device__ __forceinline__ uint32_t distinct_owners(int owner, int lane) {
 // What a combine flag carries beside the call: a rank in the other mode is told apart by it.
 enum Mode : int { kExactMode = 0, kFastMode = 1 };  // megamoe_ep/kernels/portable.py: _MODES
 
-// Raises the flag of `call` at every rank once all blocks have stored their rows.
-__device__ __forceinline__ void raise_combine_flags(const View& v, uint64_t call, Mode mode,
-                                                    uint32_t* blocks_before) {
-  if (!last_block_to_finish(v, kCombineDone, blocks_before)) return;
-  const int64_t* peers = View::local<const int64_t>(v.peers);
-  for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
-    store_release_sys(View::at<uint64_t>(peers[r], v.combine_flags) + v.rank,
-                      make_flag(call, mode));
-  }
-  if (threadIdx.x == 0) View::local<uint32_t>(v.latches)[kCombineDone] = 0;
+// What this block adds to its rank's combine flags, the same at every rank. Not to be asked for after
+// the block has added it. The call is that of the dispatch flags: its last kernel may still be at work.
+__device__ __forceinline__ uint64_t combine_step(const View& v, Mode mode) {
+  if (blockIdx.x + 1 != gridDim.x) return kStep;
+  const uint64_t own = load_relaxed_sys(v.mine<uint64_t>(v.combine_flags) + v.rank);
+  const uint64_t dispatched = load_relaxed_sys(v.mine<uint64_t>(v.dispatch_flags) + v.rank);
+  return last_step(before_steps(own), make_flag(flag_call(dispatched), mode), gridDim.x);
+}
+
+// Once the block has stored its rows.
+__device__ __forceinline__ void raise_combine_flags(const View& v, uint64_t step) {
+  __syncthreads();
+  const int r = threadIdx.x;
+  if (r < v.world_size) add_to_flag(v, v.combine_flags, r, step);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
     combine_send_rows(const __grid_constant__ View v) {
-  extern __shared__ int shared[];
-  let_next_kernel_start();
+  const uint64_t step = combine_step(v, kExactMode);
+  const bool failed = call_failed(v);
   wait_for_previous_kernel();
-  const uint64_t call = current_call(v);
-  const int rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
-  if (call_failed(v)) return;
+  let_next_kernel_start();
+  if (failed) return;
 
+  const int rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
   const int lane = threadIdx.x % 32;
   const int top_k = static_cast<int>(v.top_k);
   const int max_tokens = static_cast<int>(v.max_tokens);
@@ -169,106 +173,88 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  raise_combine_flags(v, call, kExactMode, reinterpret_cast<uint32_t*>(shared));
-}
-
-template <int kPieces, int kRows>
-__device__ __forceinline__ void send_sums(const View& v, const int* prefix) {
-  const int lane = threadIdx.x % 32;
-  const int ranks = static_cast<int>(v.world_size);
-  const int top_k = static_cast<int>(v.top_k);
-  const int row_bytes = static_cast<int>(v.home_bytes());
-  const int pieces = row_bytes / 16;
-  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  const Shares shares(prefix[ranks], parts);
-  const int64_t* peers = View::local<const int64_t>(v.peers);
-  const char* rows = View::local<const char>(v.rows);
-
-  for (int share = shares.begin; share < shares.end; ++share) {
-    const Received r = received_token(prefix, ranks, share / shares.of_row);
-    const int64_t block = r.source * v.max_tokens + r.index;
-    int row = -1;
-    int owner = -1;
-    float weight = 0.f;
-    if (lane < top_k) {
-      const int64_t slot = block * top_k + lane;
-      row = View::local<const int32_t>(v.slot_row)[slot];
-      owner = v.experts().owner(
-          static_cast<int>(load_4(v.mine<const int32_t>(v.recv_topk_idx) + slot)));
-      weight = __uint_as_float(load_4(v.mine<const float>(v.recv_topk_weights) + slot));
-    }
-    const int64_t token = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + block));
-    const int ordinal = population(distinct_owners(owner < v.rank ? owner : -1, lane));
-    const uint32_t slots = __ballot_sync(~0u, row >= 0);
-    char* to = View::at<char>(peers[r.source], v.home_rows) +
-               home_row(token, top_k, ordinal) * row_bytes;
-    for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
-      const int first = part * 32 * kPieces + lane;
-      add_rows<true, kPieces, kRows>(slots, rows, row, weight, first, pieces)
-          .store(to, first, pieces);
-    }
-  }
+  raise_combine_flags(v, step);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
     combine_send_sums(const __grid_constant__ View v) {
+  constexpr int kPieces = 2, kRows = 3;
   extern __shared__ int shared[];
-  const int ranks = static_cast<int>(v.world_size);
   int* prefix = shared;
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const uint64_t call = current_call(v);
+  const uint64_t step = combine_step(v, kFastMode);
   read_counts(v, v.dispatch_flags, prefix);
-  if (call_failed(v)) return;
-  sum_up(prefix, ranks);
-  send_sums<2, 3>(v, prefix);
-  raise_combine_flags(v, call, kFastMode, reinterpret_cast<uint32_t*>(prefix + ranks + 1));
-}
+  const bool failed = call_failed(v);
 
-template <bool kExact, int kPieces, int kRows>
-__device__ __forceinline__ void sum_tokens(const View& v, char* y, int n) {
   const int lane = threadIdx.x % 32;
+  const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  const Shares shares(n, parts);
-  const char* home_rows = v.mine<const char>(v.home_rows);
+  sum_up(prefix, ranks);  // its barriers also where nothing is to be done
+  const Shares shares(failed ? 0 : prefix[ranks], parts);
+  const int64_t* peers = View::local<const int64_t>(v.peers);
+  const char* rows = View::local<const char>(v.rows);
 
-  for (int share = shares.begin; share < shares.end; ++share) {
-    const int64_t token = share / shares.of_row;
+  // A share's token: where its sum goes, the weight of this lane's slot, and where its row is told.
+  struct Token {
+    char* to;
+    float weight;
+    int slot;
+  };
+  // From what has come in, which the dispatch flags vouch for.
+  const auto look_up = [&](int share) -> Token {
+    if (share >= shares.end) return {nullptr, 0.f, 0};
+    const Received r = received_token(prefix, ranks, share / shares.of_row);
+    const int64_t block = r.source * v.max_tokens + r.index;
+    const int64_t slot = block * top_k + min(lane, top_k - 1);
     int owner = -1;
     float weight = 0.f;
     if (lane < top_k) {
-      owner = v.experts().owner(v.mine<const int32_t>(v.topk_idx)[token * top_k + lane]);
-      if (kExact) weight = v.mine<const float>(v.topk_weights)[token * top_k + lane];
+      owner = v.experts().owner(
+          static_cast<int>(load_relaxed_gpu(v.mine<const int32_t>(v.recv_topk_idx) + slot)));
+      weight = __uint_as_float(load_relaxed_gpu(v.mine<const float>(v.recv_topk_weights) + slot));
     }
-    uint32_t rows;  // of the token's top_k places in home_rows, those that hold something
-    if constexpr (kExact) {
-      rows = __ballot_sync(~0u, owner >= 0);
-    } else {
-      const int owners = population(distinct_owners(owner, lane));
-      rows = owners == 32 ? ~0u : lanes_below(owners);
-    }
-    const int row = static_cast<int>(home_row(token, top_k, lane));
+    const int64_t token =
+        static_cast<int>(load_relaxed_gpu(v.mine<const int32_t>(v.recv_token) + block));
+    const int ordinal = population(distinct_owners(owner < v.rank ? owner : -1, lane));
+    return {View::at<char>(peers[r.source], v.home_rows) +
+                home_row(token, top_k, ordinal) * row_bytes,
+            weight, static_cast<int>(slot)};
+  };
+  // From what dispatch_expand left: not before the wait, should nothing lie between.
+  const auto row_of = [&](const Token& token) {
+    return lane < top_k ? View::local<const int32_t>(v.slot_row)[token.slot] : -1;
+  };
+
+  Token next = look_up(shares.begin);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (failed) return;
+  int next_row = row_of(next);
+
+  for (int share = shares.begin; share < shares.end; ++share) {
+    const Token token = next;
+    const int row = next_row;
+    next = look_up(share + 1);
+    next_row = row_of(next);
+    const uint32_t slots = __ballot_sync(~0u, row >= 0);
     for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
       const int first = part * 32 * kPieces + lane;
-      add_rows<kExact, kPieces, kRows>(rows, home_rows, row, weight, first, pieces)
-          .store(y + token * row_bytes, first, pieces);
+      add_rows<true, kPieces, kRows>(slots, rows, row, token.weight, first, pieces)
+          .store(token.to, first, pieces);
     }
   }
+  raise_combine_flags(v, step);
 }
 
-// NaN where sum_tokens<..., kPieces, ...> of this block would put sums: other blocks may see the call
-// succeed.
+// NaN where this block would put sums, kPieces of them a share: other blocks may see the call succeed.
 template <int kPieces>
-__device__ __forceinline__ void fill_with_nan(const View& v, char* y, int n) {
+__device__ __forceinline__ void fill_with_nan(char* y, const Shares& shares, int row_bytes) {
   constexpr uint32_t kNans = 0x7fc07fc0;
   const int lane = threadIdx.x % 32;
-  const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  const Shares shares(n, parts);
   for (int share = shares.begin; share < shares.end; ++share) {
     char* row = y + static_cast<int64_t>(share / shares.of_row) * row_bytes;
     for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
@@ -284,27 +270,63 @@ __device__ __forceinline__ void fill_with_nan(const View& v, char* y, int n) {
 template <bool kExact>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_sum(const __grid_constant__ View v, char* y, int y_rows) {
+  constexpr int kPieces = 2, kRows = 3;
   extern __shared__ int shared[];
+  int* mode = shared;
+  const int lane = threadIdx.x % 32;
+  const int top_k = static_cast<int>(v.top_k);
+  const int row_bytes = static_cast<int>(v.home_bytes());
+  const int pieces = row_bytes / 16;
+  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const Shares shares(min(num_staged(v), y_rows), parts);
+  const char* home_rows = v.mine<const char>(v.home_rows);
+
+  // A share's token: which of its top_k places in home_rows hold something, and this lane's weight.
+  struct Token {
+    uint32_t rows;
+    float weight;
+  };
+  const auto look_up = [&](int share) -> Token {
+    if (share >= shares.end) return {0, 0.f};
+    const int64_t slot = static_cast<int64_t>(share / shares.of_row) * top_k + lane;
+    int owner = -1;
+    float weight = 0.f;
+    if (lane < top_k) {
+      owner = v.experts().owner(
+          static_cast<int>(load_relaxed_gpu(v.mine<const int32_t>(v.topk_idx) + slot)));
+      if (kExact) {
+        weight = __uint_as_float(load_relaxed_gpu(v.mine<const float>(v.topk_weights) + slot));
+      }
+    }
+    if constexpr (kExact) return {__ballot_sync(~0u, owner >= 0), weight};
+    const int owners = population(distinct_owners(owner, lane));
+    return {owners == 32 ? ~0u : lanes_below(owners), weight};
+  };
+
+  Token next = look_up(shares.begin);
+  bool ok = wait_for_flags(v, v.combine_flags, kCombine, last_call(v), mode);
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  const uint64_t call = current_call(v);
-  const int n = min(num_staged(v), y_rows);
-  bool ok = !call_failed(v) && wait_for_flags(v, v.combine_flags, kCombine, call, shared);
   if (ok) {
     constexpr int kMode = kExact ? kExactMode : kFastMode;
-    for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
-      if (shared[r] == kMode) continue;
+    if (threadIdx.x < v.world_size && mode[threadIdx.x] != kMode) {
       ok = false;
-      report_bad_input(v, kBadCombine, r, 0, shared[r]);
+      report_bad_input(v, kBadCombine, threadIdx.x, 0, mode[threadIdx.x]);
     }
     ok = __syncthreads_and(ok);
   }
-  if (!ok) {
-    // No part of y may pass for a result.
-    fill_with_nan<2>(v, y, n);
-    return;
+  if (!ok) fill_with_nan<kPieces>(y, shares, row_bytes);  // no part of y may pass for a result
+  for (int share = ok ? shares.begin : shares.end; share < shares.end; ++share) {
+    const Token token = next;
+    next = look_up(share + 1);
+    const int64_t t = share / shares.of_row;
+    const int row = static_cast<int>(home_row(t, top_k, lane));
+    for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
+      const int first = part * 32 * kPieces + lane;
+      add_rows<kExact, kPieces, kRows>(token.rows, home_rows, row, token.weight, first, pieces)
+          .store(y + t * row_bytes, first, pieces);
+    }
   }
-  sum_tokens<kExact, 2, 3>(v, y, n);
+  wait_for_previous_kernel();
 }
 
 }  // namespace megamoe::comm

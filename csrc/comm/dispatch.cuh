@@ -2,7 +2,7 @@
 // come in is laid out by expert for the first GEMM.
 //
 //   dispatch_send    reads the staged inputs, writes block `rank` of every peer's recv_ regions,
-//                    then raises dispatch_flags[rank] there: {call, tokens sent}
+//                    and raises dispatch_flags[rank] there: {call, tokens sent}
 //   dispatch_count   waits for all ranks' flags, counts rows by expert, chunk by chunk; left out
 //                    where there are so few entries that each block of the next kernel counts all
 //   dispatch_expand  reads recv_, writes rows, row_scales, row_slot, slot_row, expert_offsets
@@ -19,26 +19,28 @@
 namespace megamoe::comm {
 
 MEGAMOE_HD int64_t send_shared_bytes(const View& v) {
-  return 4 * (v.world_size + 1 + 2 * kBatch * v.top_k);
+  return 4 * (v.world_size + 2 * kBatch * v.top_k);
 }
 
 // Adds to sent[W] how many of the tokens 0..end go to each rank. Block-wide; barriers are the
 // caller's.
-__device__ __forceinline__ void count_owners(const View& v, const int32_t* ids, int end,
-                                             int* sent) {
+__device__ __forceinline__ void count_owners(const View& v, int end, int* sent) {
+  constexpr int kEach = 4;  // tokens of a lane at a time
   const int lane = threadIdx.x % 32;
   const int ranks = static_cast<int>(v.world_size);
-  const int top_k = static_cast<int>(v.top_k);
-  const Experts experts = v.experts();
-  for (int word = 0; word * 32 < ranks; ++word) {
-    const int in_word = min(32, ranks - word * 32);
+#pragma unroll 1
+  for (int word = 0; word < v.owner_words(); ++word) {
     int mine = 0;
-    for (int first = threadIdx.x - lane; first < end; first += kThreads) {
-      const int t = first + lane;
-      const uint32_t mask =
-          t < end ? owner_mask(ids + static_cast<int64_t>(t) * top_k, top_k, experts, word) : 0;
-      for (int d = 0; d < in_word; ++d) {
-        const int count = population(__ballot_sync(~0u, mask >> d & 1));
+#pragma unroll 1
+    for (int t = threadIdx.x * kEach; t - lane * kEach < end; t += kThreads * kEach) {
+      const uint4 four = t < end ? load_16(v.owners_of(word) + t) : uint4{};
+      const uint32_t masks[kEach] = {four.x, t + 1 < end ? four.y : 0, t + 2 < end ? four.z : 0,
+                                     t + 3 < end ? four.w : 0};
+#pragma unroll 1
+      for (int d = 0; d < min(32, ranks - word * 32); ++d) {
+        int count = 0;
+#pragma unroll
+        for (uint32_t mask : masks) count += population(__ballot_sync(~0u, mask >> d & 1));
         if (lane == d) mine += count;
       }
     }
@@ -46,31 +48,38 @@ __device__ __forceinline__ void count_owners(const View& v, const int32_t* ids, 
   }
 }
 
-// Gives each of `count` tokens its place in the blocks of the ranks that it goes to: place[t * K +
-// k] for the first slot k of each rank, -1 elsewhere (set before). sent[W] counts on. One warp.
-__device__ __forceinline__ void place_tokens(const View& v, const int32_t* ids, int count,
-                                             int* sent, int* place) {
+// Gives each of `count` tokens from `begin` on its places in the blocks of the ranks that it goes to: the j-th of
+// them, in ascending order, is rank[t * K + j], and place[t * K + j] the place there, or -1 after the
+// last. sent[W] counts on. One warp.
+__device__ __forceinline__ void place_tokens(const View& v, int begin, int count, int* sent,
+                                             int* rank, int* place) {
   const int lane = threadIdx.x % 32;
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
-  const Experts experts = v.experts();
+#pragma unroll 1
   for (int first = 0; first < count; first += 32) {
     const int t = first + lane;
-    for (int word = 0; word * 32 < ranks; ++word) {
-      const uint32_t mask = t < count ? owner_mask(ids + t * top_k, top_k, experts, word) : 0;
+    int at = t * top_k;
+#pragma unroll 1
+    for (int word = 0; word < v.owner_words(); ++word) {
+      const uint32_t mask = t < count ? load_4(v.owners_of(word) + begin + t) : 0;
+#pragma unroll 1
       for (int d = 0; d < min(32, ranks - word * 32); ++d) {
         const uint32_t going = __ballot_sync(~0u, mask >> d & 1);
         if (!going) continue;
-        const int rank = word * 32 + d;
+        const int r = word * 32 + d;
+        const int before = sent[r];
         if (mask >> d & 1) {
-          place[t * top_k + first_slot_of(ids + t * top_k, top_k, experts, rank)] =
-              sent[rank] + population(going & lanes_below(lane));
+          rank[at] = r;
+          place[at++] = before + population(going & lanes_below(lane));
         }
         __syncwarp();
-        if (lane == 0) sent[rank] += population(going);
+        if (lane == 0) sent[r] = before + population(going);
         __syncwarp();
       }
     }
+#pragma unroll 1
+    while (t < count && at < (t + 1) * top_k) place[at++] = -1;
   }
 }
 
@@ -81,59 +90,62 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
   int* sent = shared;
-  int32_t* ids = shared + ranks;
-  int* place = ids + kBatch * top_k;
-  uint32_t* blocks_before = reinterpret_cast<uint32_t*>(place + kBatch * top_k);
+  int* rank = shared + ranks;
+  int* place = rank + kBatch * top_k;
+  // The thread that raises rank r's flag, and in the last block the value that it has.
+  const int r = threadIdx.x;
+  const bool last_block = blockIdx.x + 1 == gridDim.x;
+  int32_t* total = View::local<int32_t>(v.send_counts);
 
-#pragma unroll 1
-  for (int r = threadIdx.x; r < ranks; r += kThreads) sent[r] = 0;
-  let_next_kernel_start();
+  const uint64_t call = last_call(v) + 1;
+  uint64_t from = 0;
+  if (last_block && r < ranks) {
+    const uint64_t own = load_relaxed_sys(v.mine<uint64_t>(v.dispatch_flags) + v.rank);
+    from = make_flag(flag_call(own), load_relaxed_gpu(total + r));
+  }
+  if (r < ranks) sent[r] = 0;
+  const bool failed = call_failed(v);
   wait_for_previous_kernel();
-  const uint64_t call = current_call(v) + 1;
+  let_next_kernel_start();
+  if (failed) return;
   const int staged = num_staged(v);
-  if (call_failed(v)) return;
 
   const int64_t* peers = View::local<const int64_t>(v.peers);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int32_t* all_ids = v.mine<const int32_t>(v.topk_idx);
   const Chunk chunk = chunk_of(staged, gridDim.x, blockIdx.x);
   const int x_bytes = static_cast<int>(v.x_bytes());
   const int sf_bytes = static_cast<int>(v.sf_bytes());
   const int64_t block = v.rank * v.max_tokens;  // this rank's block of a recv_ region, in tokens
 
-  count_owners(v, all_ids, chunk.begin, sent);
+  count_owners(v, chunk.begin, sent);
 
+#pragma unroll 1
   for (int first = chunk.begin; first < chunk.end; first += kBatch) {
     const int count = min(kBatch, chunk.end - first);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
-      ids[i] = all_ids[static_cast<int64_t>(first) * top_k + i];
-      place[i] = -1;
-    }
     __syncthreads();
-    if (warp == 0) place_tokens(v, ids, count, sent, place);
+    if (warp == 0) place_tokens(v, first, count, sent, rank, place);
     __syncthreads();
 
     // A warp takes a part of a token's row, or what goes with the row. Where warps would stand idle
     // the parts are smaller.
     const int part_bytes = count * ((x_bytes + kPart - 1) / kPart) < kWarps ? kPart / 4 : kPart;
     const int parts = (x_bytes + part_bytes - 1) / part_bytes;
+#pragma unroll 1
     for (int unit = warp; unit < count * (parts + 1); unit += kWarps) {
       const int t = unit / (parts + 1);
       const int part = unit % (parts + 1);
       const int64_t token = first + t;
-      const int id = lane < top_k ? ids[t * top_k + lane] : -1;
       const int there = lane < top_k ? place[t * top_k + lane] : -1;
-      const int64_t peer = there >= 0 ? peers[v.experts().owner(id)] : 0;
-      const uint32_t going = __ballot_sync(~0u, there >= 0);
+      const int64_t peer = there >= 0 ? peers[rank[t * top_k + lane]] : 0;
+      const int going = population(__ballot_sync(~0u, there >= 0));  // the lanes from 0 on
 
       const auto to_each = [&](int64_t region, int64_t row_bytes) {
         return [=](auto&& store) {
-          for (uint32_t left = going; left; left &= left - 1) {
-            const int slot = __ffs(left) - 1;
-            const int64_t base = __shfl_sync(~0u, peer, slot);
-            const int64_t row = block + __shfl_sync(~0u, there, slot);
+#pragma unroll 1
+          for (int j = 0; j < going; ++j) {
+            const int64_t base = __shfl_sync(~0u, peer, j);
+            const int64_t row = block + __shfl_sync(~0u, there, j);
             store(View::at<char>(base, region) + row * row_bytes);
           }
         };
@@ -144,18 +156,19 @@ __global__ void __launch_bounds__(kThreads, 2)
                  min(x_bytes, (part + 1) * part_bytes), lane, to_each(v.recv_x, x_bytes));
         continue;
       }
+      const int32_t* ids = v.mine<const int32_t>(v.topk_idx) + token * top_k;
+      const float* weights = v.mine<const float>(v.topk_weights) + token * top_k;
+      const int id = lane < top_k ? ids[lane] : -1;
+      const float weight = with_weights && lane < top_k ? weights[lane] : 0.f;
       const float scale = sf_bytes ? v.mine<const float>(v.x_scales)[token] : 0.f;
-      const float weight = with_weights && lane < top_k
-                               ? v.mine<const float>(v.topk_weights)[token * top_k + lane]
-                               : 0.f;
       if (sf_bytes) {
         copy_row(v.mine<const char>(v.x_sf) + token * sf_bytes, sf_bytes, 0, sf_bytes, lane,
                  to_each(v.recv_x_sf, sf_bytes));
       }
-      for (uint32_t left = going; left; left &= left - 1) {
-        const int slot = __ffs(left) - 1;
-        const int64_t base = __shfl_sync(~0u, peer, slot);
-        const int64_t row = block + __shfl_sync(~0u, there, slot);
+#pragma unroll 1
+      for (int j = 0; j < going; ++j) {
+        const int64_t base = __shfl_sync(~0u, peer, j);
+        const int64_t row = block + __shfl_sync(~0u, there, j);
         if (lane < top_k) {
           View::at<int32_t>(base, v.recv_topk_idx)[row * top_k + lane] = id;
           if (with_weights) View::at<float>(base, v.recv_topk_weights)[row * top_k + lane] = weight;
@@ -166,26 +179,26 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    __syncthreads();
   }
 
-  // The last chunk ends where the tokens end: its counts are those of the whole call.
-  int32_t* total = View::local<int32_t>(v.send_counts);
-  if (blockIdx.x + 1 == gridDim.x) {
-    __syncthreads();
-#pragma unroll 1
-    for (int r = threadIdx.x; r < ranks; r += kThreads) total[r] = sent[r];
+  __syncthreads();
+  if (r >= ranks) return;
+  uint64_t step = kStep;
+  if (last_block) {
+    // The last chunk ends where the tokens end: its counts are those of the whole call.
+    step = last_step(from, make_flag(call, sent[r]), gridDim.x);
+    total[r] = sent[r];
   }
-  if (!last_block_to_finish(v, kSendDone, blocks_before)) return;
-  for (int r = threadIdx.x; r < ranks; r += kThreads) {
-    const uint32_t count = load_relaxed_gpu(reinterpret_cast<uint32_t*>(total) + r);
-    store_release_sys(View::at<uint64_t>(peers[r], v.dispatch_flags) + v.rank,
-                      make_flag(call, count));
-  }
-  if (threadIdx.x == 0) {
-    *v.mine<uint64_t>(v.epoch) = call;
-    View::local<uint32_t>(v.latches)[kSendDone] = 0;
-  }
+  add_to_flag(v, v.dispatch_flags, r, step);
+}
+
+// Of entry i, slot i % K of received token i / K, this rank's number of the expert, or -1.
+__device__ __forceinline__ int local_expert(const View& v, const int* prefix, int i) {
+  const int top_k = static_cast<int>(v.top_k);
+  const int source = source_of(prefix, static_cast<int>(v.world_size), i, top_k);
+  const int64_t at = (source * v.max_tokens - prefix[source]) * top_k + i;
+  const uint32_t id = load_4(v.mine<const int32_t>(v.recv_topk_idx) + at);
+  return v.experts().local(static_cast<int>(id), static_cast<int>(v.rank));
 }
 
 MEGAMOE_HD int64_t count_shared_bytes(const View& v) {
@@ -202,20 +215,16 @@ __global__ void __launch_bounds__(kThreads, 2) dispatch_count(const __grid_const
 
 #pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) found[e] = 0;
-  let_next_kernel_start();
+  const bool ok = wait_for_flags(v, v.dispatch_flags, kDispatch, last_call(v) + 1, prefix);
   wait_for_previous_kernel();
-  const uint64_t call = current_call(v);
-  if (call_failed(v)) return;
-  if (!wait_for_flags(v, v.dispatch_flags, kDispatch, call, prefix)) return;
+  let_next_kernel_start();
+  if (!ok) return;
   sum_up(prefix, ranks);
 
-  const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
   const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
   const int entries = (chunk.end - chunk.begin) * top_k;
   for (int i = threadIdx.x; i < entries; i += kThreads) {
-    const Received r = received_token(prefix, ranks, chunk.begin + i / top_k);
-    const int64_t at = slot_index(r.source, r.index, i % top_k, v.max_tokens, top_k);
-    const int e = v.experts().local(static_cast<int>(load_4(ids + at)), static_cast<int>(v.rank));
+    const int e = local_expert(v, prefix, chunk.begin * top_k + i);
     if (e >= 0) atomicAdd(found + e, 1);
   }
   __syncthreads();
@@ -248,22 +257,23 @@ __device__ __forceinline__ void add_counts(const View& v, int* first, int* total
   }
 }
 
-// The same from the received ids themselves, of which tokens 0..begin come before this block's.
+// The same from the received entries themselves, of which 0..begin come before this block's.
 __device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin,
                                               int* first, int* total) {
-  const int ranks = static_cast<int>(v.world_size);
-  const int top_k = static_cast<int>(v.top_k);
-  const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
-  for (int s = 0; s < ranks; ++s) {
-    const int entries = (prefix[s + 1] - prefix[s]) * top_k;
-    const int before = (begin - prefix[s]) * top_k;
-    const int32_t* from = ids + slot_index(s, 0, 0, v.max_tokens, top_k);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < entries; i += kThreads) {
-      const int e = v.experts().local(static_cast<int>(load_4(from + i)), static_cast<int>(v.rank));
-      if (e < 0) continue;
-      atomicAdd(total + e, 1);
-      if (i < before) atomicAdd(first + e, 1);
+  constexpr int kInFlight = 4;
+  const int entries = prefix[v.world_size] * static_cast<int>(v.top_k);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < entries; i += kInFlight * kThreads) {
+    int e[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      e[j] = i + j * kThreads < entries ? local_expert(v, prefix, i + j * kThreads) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (e[j] < 0) continue;
+      atomicAdd(total + e[j], 1);
+      if (i + j * kThreads < begin) atomicAdd(first + e[j], 1);
     }
   }
 }
@@ -276,6 +286,7 @@ __device__ __forceinline__ void find_first_rows(const View& v, int* first, const
   const int experts = v.local_experts();
   int32_t* offsets = View::local<int32_t>(v.expert_offsets);
   int sum = 0;
+#pragma unroll 1
   for (int e0 = 0; e0 < experts; e0 += 32) {
     const int e = e0 + lane;
     const int n = e < experts ? total[e] : 0;
@@ -301,6 +312,7 @@ __device__ __forceinline__ void find_first_rows(const View& v, int* first, const
 // i. One warp.
 __device__ __forceinline__ void place_rows(int* entry, int count, int* next) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int first = 0; first < count; first += 32) {
     const int i = first + lane;
     const int e = i < count ? entry[i] : -1;
@@ -332,6 +344,34 @@ __device__ __forceinline__ void exchange_pairs(uint4& piece) {
   swap(piece.y, piece.w, high, 2);
 }
 
+// What one warp lays out at a time: pieces of a received token's row, of 8 elements each, a lane's 32
+// apart. Loaded before it is known where they go.
+struct RowPart {
+  static constexpr int kPieces = 4;
+  static constexpr int kElements = 32 * kPieces * 8;
+
+  uint4 piece[kPieces];  // bf16; or in x the codes and in y the scale
+  uint32_t token_scale;  // with the first part
+
+  __device__ __forceinline__ void load(const View& v, int64_t token, int part, int first,
+                                       int pieces) {
+    const char* x = v.mine<const char>(v.recv_x) + token * v.x_bytes();
+    const char* sf = v.mine<const char>(v.recv_x_sf) + token * v.sf_bytes();
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int at = first + 32 * i;
+      if (at >= pieces) continue;
+      if (v.nvfp4) {
+        piece[i].x = load_4(x + at * 4);
+        piece[i].y = load_1(sf + at / 2);
+      } else {
+        piece[i] = load_16(x + at * 16);
+      }
+    }
+    if (v.nvfp4 && part == 0) token_scale = load_4(v.mine<const float>(v.recv_x_scales) + token);
+  }
+};
+
 // Must have as many blocks as dispatch_count, unless it does the counting itself (`count_here`).
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_expand(const __grid_constant__ View v, int count_here, int by_lane, void* stats,
@@ -341,121 +381,117 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int top_k = static_cast<int>(v.top_k);
   const int experts = v.local_experts();
   const int hidden = static_cast<int>(v.hidden_size);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   int* prefix = shared;
   int* next = prefix + ranks + 1;
   int* total = next + experts;
   int* entry = total + experts;
-  constexpr int kPieces = 4;  // of 8 elements, 16 bytes of a row, a lane in flight
 
-  wait_for_previous_kernel();
-  const uint64_t call = current_call(v);
-  bool ok = !call_failed(v);
-  if (ok && count_here) ok = wait_for_flags(v, v.dispatch_flags, kDispatch, call, prefix);
-  if (!ok) {
-    // The GEMMs that follow find no rows.
-    if (blockIdx.x == 0) {
-#pragma unroll 1
-      for (int e = threadIdx.x; e <= experts; e += kThreads) {
-        View::local<int32_t>(v.expert_offsets)[e] = 0;
-      }
-    }
-    return;
-  }
-  // Not before all ranks are here: the GEMM would lie in wait on SMs that other streams may want.
-  let_next_kernel_start();
-  if (!count_here) read_counts(v, v.dispatch_flags, prefix);
 #pragma unroll 1
   for (int e = threadIdx.x; e < experts; e += kThreads) next[e] = total[e] = 0;
-  sum_up(prefix, ranks);
-  const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
+  const uint64_t call = last_call(v) + 1;
+  bool ok;
   if (count_here) {
-    count_entries(v, prefix, chunk.begin, next, total);
+    ok = wait_for_flags(v, v.dispatch_flags, kDispatch, call, prefix);
   } else {
-    add_counts(v, next, total);
+    wait_for_previous_kernel();
+    ok = !call_failed(v);
+    read_counts(v, v.dispatch_flags, prefix);
   }
-  __syncthreads();
-  if (threadIdx.x < 32) find_first_rows(v, next, total, stats, stats_bytes);
-  __syncthreads();
+  if (ok) {
+    // Not before all ranks are here: the GEMM would lie in wait on SMs that other streams may want.
+    let_next_kernel_start();
+    sum_up(prefix, ranks);
+    const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
+    char* rows = View::local<char>(v.rows);
+    const int64_t row_bytes = 2 * static_cast<int64_t>(hidden);
+    const int pieces = hidden / 8;
+    const int parts = (hidden + RowPart::kElements - 1) / RowPart::kElements;
 
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
-  const char* x = v.mine<const char>(v.recv_x);
-  const char* sf = v.mine<const char>(v.recv_x_sf);
-  char* rows = View::local<char>(v.rows);
-  const int64_t x_bytes = v.x_bytes();
-  const int64_t sf_bytes = v.sf_bytes();
-  const int64_t row_bytes = 2 * static_cast<int64_t>(hidden);
-  const int pieces = hidden / 8;
-  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-
-  for (int first = chunk.begin; first < chunk.end; first += kBatch) {
-    const int count = min(kBatch, chunk.end - first);
+    int first = chunk.begin;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
-      const Received r = received_token(prefix, ranks, first + i / top_k);
-      const int64_t at = slot_index(r.source, r.index, i % top_k, v.max_tokens, top_k);
-      entry[i] = v.experts().local(static_cast<int>(load_4(ids + at)), static_cast<int>(v.rank));
-    }
-    __syncthreads();
-    if (warp == 0) place_rows(entry, count * top_k, next);
-    __syncthreads();
+    do {
+      const int count = min(kBatch, chunk.end - first);
+      const auto load = [&](RowPart& row_part, int unit) {
+        if (unit >= count * parts) return;
+        const Received r = received_token(prefix, ranks, first + unit / parts);
+        const int at = unit % parts * 32 * RowPart::kPieces + lane;
+        row_part.load(v, r.source * v.max_tokens + r.index, unit % parts,
+                      by_lane ? piece_by_lane(at) : at, pieces);
+      };
+      RowPart ahead = {};
+      load(ahead, warp);
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
+        entry[i] = local_expert(v, prefix, first * top_k + i);
+      }
+      if (first == chunk.begin) {
+        if (count_here) {
+          count_entries(v, prefix, first * top_k, next, total);
+        } else {
+          add_counts(v, next, total);
+        }
+      }
+      __syncthreads();
+      if (warp == 0) {
+        if (first == chunk.begin) find_first_rows(v, next, total, stats, stats_bytes);
+        __syncwarp();
+        place_rows(entry, count * top_k, next);
+      }
+      __syncthreads();
 
-    for (int unit = warp; unit < count * parts; unit += kWarps) {
-      const int t = unit / parts;
-      const int part = unit % parts;
-      const Received r = received_token(prefix, ranks, first + t);
-      const int64_t token = r.source * v.max_tokens + r.index;
-      const int row = lane < top_k ? entry[t * top_k + lane] : -1;
-      const uint32_t here = __ballot_sync(~0u, row >= 0);
-      const int from = part * 32 * kPieces + lane;
-
-      const int load_from = by_lane ? piece_by_lane(from) : from;
-      uint4 piece[kPieces];
-      if (v.nvfp4) {
-        uint32_t codes[kPieces];
-        uint32_t scale[kPieces];
+#pragma unroll 1
+      for (int unit = warp; unit < count * parts; unit += kWarps) {
+        const int t = unit / parts;
+        const int part = unit % parts;
+        const Received r = received_token(prefix, ranks, first + t);
+        const int row = lane < top_k ? entry[t * top_k + lane] : -1;
+        const uint32_t here = __ballot_sync(~0u, row >= 0);
+        RowPart now = ahead;
+        load(ahead, unit + kWarps);
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int at = load_from + 32 * i;
-          codes[i] = at < pieces ? load_4(x + token * x_bytes + at * 4) : 0;
-          scale[i] = at < pieces ? load_1(sf + token * sf_bytes + at / 2) : 0;
+        for (uint4& piece : now.piece) {
+          if (v.nvfp4) piece = decode_8(piece.x, piece.y);
+          if (by_lane) exchange_pairs(piece);
         }
+        const int at = part * 32 * RowPart::kPieces + lane;
+#pragma unroll 1
+        for (uint32_t left = here; left; left &= left - 1) {
+          char* to = rows + __shfl_sync(~0u, row, __ffs(left) - 1) * row_bytes;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) piece[i] = decode_8(codes[i], scale[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int at = load_from + 32 * i;
-          if (at < pieces) piece[i] = load_16(x + token * x_bytes + at * 16);
+          for (int i = 0; i < RowPart::kPieces; ++i) {
+            if (at + 32 * i < pieces) store_16(to + (at + 32 * i) * 16, now.piece[i]);
+          }
         }
-      }
-      if (by_lane) {
-#pragma unroll
-        for (uint4& mine : piece) exchange_pairs(mine);
-      }
-      for (uint32_t left = here; left; left &= left - 1) {
-        char* to = rows + __shfl_sync(~0u, row, __ffs(left) - 1) * row_bytes;
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int at = from + 32 * i;
-          if (at < pieces) store_16(to + at * 16, piece[i]);
-        }
-      }
-      if (part == 0 && lane < top_k) {
-        const int64_t slot = token * top_k + lane;
-        View::local<int32_t>(v.slot_row)[slot] = row;
-        if (row >= 0) {
-          View::local<int32_t>(v.row_slot)[row] = static_cast<int32_t>(slot);
-          if (v.nvfp4) {
-            View::local<float>(v.row_scales)[row] =
-                __uint_as_float(load_4(v.mine<const float>(v.recv_x_scales) + token));
+        if (part == 0 && lane < top_k) {
+          const int64_t slot = slot_index(r.source, r.index, lane, v.max_tokens, top_k);
+          View::local<int32_t>(v.slot_row)[slot] = row;
+          if (row >= 0) {
+            View::local<int32_t>(v.row_slot)[row] = static_cast<int32_t>(slot);
+            if (v.nvfp4) View::local<uint32_t>(v.row_scales)[row] = now.token_scale;
           }
         }
       }
+      __syncthreads();
+      first += kBatch;
+    } while (first < chunk.end);
+  } else if (blockIdx.x == 0) {
+    // The GEMMs that follow find no rows.
+#pragma unroll 1
+    for (int e = threadIdx.x; e <= experts; e += kThreads) {
+      View::local<int32_t>(v.expert_offsets)[e] = 0;
     }
-    __syncthreads();
   }
+
+  // The call is counted by the block that is the last to end: all have read the number by then, and
+  // dispatch_send has ended.
+  if (threadIdx.x != 0) return;
+  wait_for_previous_kernel();
+  uint32_t* expanded = View::local<uint32_t>(v.latches) + kExpanded;
+  if (add_acquire_gpu(expanded, 1u) + 1 != gridDim.x) return;
+  *expanded = 0;
+  *v.mine<uint64_t>(v.epoch) = call;
 }
 
 }  // namespace megamoe::comm

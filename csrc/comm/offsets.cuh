@@ -30,10 +30,12 @@ struct Chunk {
   int end;
 };
 
-// Part `i` of 0..n cut into `parts` contiguous parts that differ by at most one.
+// Part `i` of 0..n cut into `parts` contiguous parts that differ by at most one, the longer ones first.
 MEGAMOE_HD Chunk chunk_of(int n, int parts, int i) {
-  return {static_cast<int>(static_cast<int64_t>(n) * i / parts),
-          static_cast<int>(static_cast<int64_t>(n) * (i + 1) / parts)};
+  const int each = static_cast<int>(static_cast<uint32_t>(n) / static_cast<uint32_t>(parts));
+  const int longer = n - each * parts;
+  const int begin = each * i + (i < longer ? i : longer);
+  return {begin, begin + each + (i < longer)};
 }
 
 // Rank r owns experts r * per_rank .. (r + 1) * per_rank - 1; every other id means "no expert".
@@ -65,41 +67,16 @@ class Experts {
   uint64_t quotient_;  // 2^32 / per_rank, rounded up: a division, without dividing
 };
 
-// Ranks 32 * word .. 32 * word + 31 that own an expert of the token, one bit each.
-MEGAMOE_HD uint32_t owner_mask(const int32_t* ids, int top_k, Experts experts, int word) {
-  uint32_t mask = 0;
-  for (int k = 0; k < top_k; ++k) {
-    const int owner = experts.owner(ids[k]);
-    if (owner >= 0 && owner >> 5 == word) mask |= 1u << (owner & 31);
-  }
-  return mask;
-}
-
-// Whether no slot before `slot` has an expert of the same rank: a token travels once to a rank.
-MEGAMOE_HD bool is_first_slot(const int32_t* ids, int slot, Experts experts) {
-  const int owner = experts.owner(ids[slot]);
-  if (owner < 0) return false;
-  for (int k = 0; k < slot; ++k) {
-    if (experts.owner(ids[k]) == owner) return false;
-  }
-  return true;
-}
-
-// The first slot of a token with an expert of `rank`; top_k where there is none.
-MEGAMOE_HD int first_slot_of(const int32_t* ids, int top_k, Experts experts, int rank) {
-  int k = 0;
-  while (k < top_k && experts.owner(ids[k]) != rank) ++k;
-  return k;
-}
-
 // The rank whose block holds received token `i` of the blocks laid end to end; prefix[s] is the
-// number of tokens in the blocks before s, prefix[ranks] all of them, and i < prefix[ranks].
-MEGAMOE_HD int source_of(const int* prefix, int ranks, int i) {
+// number of tokens in the blocks before s, prefix[ranks] all of them, and i < prefix[ranks]. Or entry
+// `i`, of `each` a token.
+MEGAMOE_HD int source_of(const int* prefix, int ranks, int i, int each = 1) {
   int low = 0;
   int high = ranks - 1;
+#pragma unroll 1
   while (low < high) {
     const int mid = (low + high + 1) / 2;
-    if (prefix[mid] <= i) {
+    if (prefix[mid] * each <= i) {
       low = mid;
     } else {
       high = mid - 1;
@@ -131,9 +108,22 @@ MEGAMOE_HD int64_t home_row(int64_t token, int top_k, int slot_or_ordinal) {
   return token * top_k + slot_or_ordinal;
 }
 
-// A flag: the call that it belongs to and a count of rows.
+// A flag: the call that it belongs to and a count, below kStep / 2.
 MEGAMOE_HD uint64_t make_flag(uint64_t call, uint32_t count) { return call << 32 | count; }
 MEGAMOE_HD uint32_t flag_call(uint64_t flag) { return static_cast<uint32_t>(flag >> 32); }
 MEGAMOE_HD uint32_t flag_count(uint64_t flag) { return static_cast<uint32_t>(flag); }
+
+// A grid of `blocks` raises a flag from one value to the next by additions, one a block, in any
+// order: kStep each, and the last block in number what is then missing. Until all have added, the
+// flag does not have the new call's number: short of that block it is `from` plus at most 1022 steps,
+// which do not carry into the call, and with it `to` less at least one step, which borrows from it.
+constexpr uint64_t kStep = uint64_t{1} << 22;
+constexpr int kMostBlocks = 1023;
+
+MEGAMOE_HD uint64_t last_step(uint64_t from, uint64_t to, int blocks) {
+  return to - from - static_cast<uint64_t>(blocks - 1) * kStep;
+}
+// What a flag was before the blocks that have added kStep to it so far.
+MEGAMOE_HD uint64_t before_steps(uint64_t flag) { return flag & ~(uint64_t{kMostBlocks} * kStep); }
 
 }  // namespace megamoe::comm

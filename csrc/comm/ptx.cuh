@@ -70,6 +70,11 @@ __device__ __forceinline__ void store_release_sys(uint64_t* p, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+// Addition with release: after everything that the block stored before its last barrier.
+__device__ __forceinline__ void add_release_sys(uint64_t* p, uint64_t v) {
+  asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) {
@@ -81,7 +86,8 @@ __device__ __forceinline__ uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) {
   return old;
 }
 
-__device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* p) {
+// Past the first cache.
+__device__ __forceinline__ uint32_t load_relaxed_gpu(const void* p) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;

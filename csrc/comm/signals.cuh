@@ -1,9 +1,9 @@
 // Flags between ranks: raised after the rows they stand for, waited for with a deadline.
 //
-// Order. Sender: every thread of a block stores, the block meets at a barrier, one thread fences at
-// system scope and counts the block in; the block that is last stores the flags with release at
-// system scope. Receiver: one thread a flag polls with acquire, the block meets at a barrier, then
-// any thread reads the rows with ordinary coherent loads (never through the read-only path).
+// Order. Sender: every thread of a block stores, the block meets at a barrier, one thread a flag adds
+// to it with release at system scope. Receiver: one thread a flag polls with acquire until all blocks
+// have added, the block meets at a barrier, then any thread reads the rows with ordinary coherent
+// loads (never through the read-only path).
 #pragma once
 
 #include <cstdint>
@@ -126,8 +126,7 @@ __device__ __noinline__ void give_up(const View& v, int64_t flags, Phase phase, 
 }
 
 // Block-wide: whether an earlier kernel or call on this buffer failed; then this kernel has nothing
-// to do. Ends with a barrier. Waits for memory: what a kernel needs first it asks for before this, so
-// that both come at once.
+// to do. Ends with a barrier.
 __device__ __forceinline__ bool call_failed(const View& v) {
   const int finder = look_for_abort(v, threadIdx.x, blockDim.x);
   if (finder) report_abort(v, finder - 1);
@@ -135,12 +134,14 @@ __device__ __forceinline__ bool call_failed(const View& v) {
 }
 
 // Block-wide: waits until every rank has raised its flag of `call`, and leaves the counts that the
-// flags carry in counts[W] (shared memory). False: the deadline passed or another rank gave up; then
-// an abort record lies in this rank's memory, so every later kernel of this buffer ends at once too.
+// flags carry in counts[W] (shared memory). False: the deadline passed, or this rank or another gave
+// up, now or earlier; then an abort record lies in this rank's memory, so every later kernel of this
+// buffer ends at once too. Ends with a barrier.
 //
 // Every block of a grid may wait here whatever the grid's size: what is waited for is made by the
 // kernel before this one in the stream, on this rank and on the others, never by a block of this
-// grid, so no block has to be resident for another one to go on.
+// grid. That kernel lets this one start once all its blocks run, so none of them needs the room that
+// is taken here.
 __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Phase phase,
                                                uint64_t call, int* counts) {
   bool ok = true;
@@ -149,7 +150,13 @@ __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Pha
   const uint64_t start = globaltimer_ns();
   for (int r = threadIdx.x; r < v.world_size; r += blockDim.x) {
     const uint64_t* mine = v.mine<uint64_t>(flags) + r;
+    // Both on their way at once; should it be told, report_abort reads no more than it must.
+    const uint64_t told = load_relaxed_sys(abort_record(v, v.memory, r));
     uint64_t flag = load_acquire_sys(mine);
+    if (told && load_acquire_sys(abort_record(v, v.memory, r))) {
+      report_abort(v, r);
+      ok = false;
+    }
     for (uint32_t polls = 1; ok && flag_call(flag) != static_cast<uint32_t>(call); ++polls) {
       if (polls % 64 == 0) {
         if (const int finder = look_for_abort(v, 0, 1)) {
@@ -168,17 +175,11 @@ __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Pha
   return all;
 }
 
-// Block-wide, after the block's last store to a peer: true in the one block that is the last of the
-// grid, where every store of every block is then before whatever this block releases. `before` is
-// one word of shared memory.
-__device__ __forceinline__ bool last_block_to_finish(const View& v, Latch latch, uint32_t* before) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    fence_sys();  // the release half of the count that follows
-    *before = add_acquire_gpu(View::local<uint32_t>(v.latches) + latch, 1u);
-  }
-  __syncthreads();
-  return *before + 1 == gridDim.x;
+// Adds this block to this rank's flag at rank r, by a thread that has met the others at a barrier
+// after their last stores. `step` is kStep, or last_step in the last block.
+__device__ __forceinline__ void add_to_flag(const View& v, int64_t flags, int r, uint64_t step) {
+  const int64_t peer = View::local<const int64_t>(v.peers)[r];
+  add_release_sys(View::at<uint64_t>(peer, flags) + v.rank, step);
 }
 
 // For measuring a flag: stores `first`, `first` + 1, ... `there`, and waits each time until as much has

@@ -95,8 +95,13 @@ __device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, ui
   const float one_over_step = __fdiv_rn(1.0f, step);
   // Far from the ends of fp32's range: but for a global scale that somebody set, always.
   if (step > 0x1p-100f && step < 0x1p100f && quotient < 0x1p20f) {
-    codes = {encode_8<true>(x.halves[0], step, one_over_step),
-             encode_8<true>(x.halves[1], step, one_over_step)};
+    // Not unrolled: with few tokens this code is fetched from memory, and that takes longer.
+    uint4 half = x.halves[0];
+#pragma unroll 1
+    for (int h = 0; h < 2; ++h) {
+      codes = {codes.y, encode_8<true>(half, step, one_over_step)};
+      half = x.halves[1];
+    }
   } else {
     codes = encode_extraordinary(x, step);
   }
@@ -163,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                : Block16{};
   };
 
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   Block16 next = first_block(blockIdx.x);
   int n = a.rows;
   if (a.num_tokens) {
@@ -193,11 +198,19 @@ __global__ void __launch_bounds__(kThreads, 2)
         store_16(to + b * 16, load_16(from + b * 16));
       }
     }
+    if (threadIdx.x >= 32) continue;
     if (has_slot) {
       const bool good = id >= -1 && id < v.num_experts;
       if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), threadIdx.x, id);
       v.mine<int32_t>(v.topk_idx)[at] = good ? id : -1;
       v.mine<float>(v.topk_weights)[at] = weight;
+    }
+    const int owner = v.experts().owner(id);
+#pragma unroll 1
+    for (int word = 0; word < v.owner_words(); ++word) {
+      const uint32_t bit = owner >= 0 && owner / 32 == word ? 1u << owner % 32 : 0u;
+      const uint32_t mask = __reduce_or_sync(~0u, bit);
+      if (threadIdx.x == 0) v.owners_of(word)[t] = mask;
     }
   }
 }

@@ -22,14 +22,16 @@
   /* addresses of local device memory: the workspace of the layer ... */                          \
   X(rows) X(row_scales) X(row_slot) X(expert_offsets)                                             \
   /* ... and of these kernels: slot_row int32 [W*T*K], the row of a received slot;                \
-     chunk_counts int32 [blocks, L]; send_counts int32 [W]; latches uint32 [kLatches], zero       \
-     between launches but for those that stand for an error */                                    \
-  X(slot_row) X(chunk_counts) X(send_counts) X(latches)                                           \
+     owners uint32 [(W + 31) / 32, T rounded up to 4], the ranks of a token's experts, a bit each;\
+     chunk_counts int32 [blocks, L]; send_counts int32 [W], what the last call sent; latches      \
+     uint32 [kLatches], zero between launches but for those that stand for an error */            \
+  X(slot_row) X(owners) X(chunk_counts) X(send_counts) X(latches)                                 \
   /* pinned host memory that the device can write, int64 [16]: an abort record, a bad argument */ \
   X(status)                                                                                       \
   X(timeout_ns)                                                                                   \
-  /* how the kernels are launched: the GPU's number, and blocks of 512 threads in each */         \
-  X(device) X(blocks)
+  /* how the kernels are launched: the GPU's number, and blocks of 512 threads in each, more where \
+     there are more tokens than blocks */                                                         \
+  X(device) X(blocks) X(most_blocks)
 // clang-format on
 
 namespace megamoe::comm {
@@ -41,6 +43,11 @@ struct View {
 
   MEGAMOE_HD Experts experts() const {
     return {static_cast<int>(num_experts), static_cast<int>(experts_per_rank)};
+  }
+  MEGAMOE_HD int owner_words() const { return static_cast<int>(world_size + 31) / 32; }
+  // Word `word` of all tokens' owners.
+  MEGAMOE_HD uint32_t* owners_of(int word) const {
+    return local<uint32_t>(owners) + word * ((max_tokens + 3) / 4 * 4);
   }
   MEGAMOE_HD int local_experts() const { return static_cast<int>(experts_per_rank); }
   // A staged row as it travels: packed E2M1, or bf16.
@@ -66,12 +73,11 @@ struct View {
 
 // Entries of View::latches.
 enum Latch : int {
-  kSendDone = 0,     // blocks of the dispatch that have stored their rows
-  kCombineDone = 1,  // blocks of the combine that have stored their rows
-  kGivenUp = 2,      // set once by the first waiter of this rank whose deadline passed
-  kReported = 3,     // set once by the first to copy an abort record to the host
-  kBadFound = 4,     // set by the first to find a bad argument; the host clears it, the last one
-  kLatches = 5,
+  kExpanded = 0,  // blocks of dispatch_expand that have laid out their rows
+  kGivenUp = 1,   // set once by the first waiter of this rank whose deadline passed
+  kReported = 2,  // set once by the first to copy an abort record to the host
+  kBadFound = 3,  // set by the first to find a bad argument; the host clears it, the last one
+  kLatches = 4,
 };
 
 // Entries of View::status.

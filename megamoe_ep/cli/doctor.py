@@ -165,11 +165,22 @@ def _gpus(chosen: str) -> list[Finding]:
             f"{a} to {b}"
             for a in range(count)
             for b in range(count)
-            if a != b and not torch.cuda.can_device_access_peer(a, b)
+            if a != b and not _reaches(a, b)
         ]
         text = f"not from GPU {', '.join(blind)}" if blind else "from every GPU to every other"
         findings.append(Finding("peer access", "no" if blind else "ok", text, needed))
     return findings
+
+
+def _reaches(device: int, peer: int) -> bool:
+    """Whether kernels on one GPU can read, write and add to the memory of another."""
+    import torch
+
+    from megamoe_ep.kernels import library
+
+    if not torch.cuda.can_device_access_peer(device, peer):
+        return False
+    return library.why_unavailable() is not None or library.load().comm_adds_to_peer(device, peer)
 
 
 def _nvshmem(ranks: int, timeout_s: float, *, needed: bool) -> Finding:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from megamoe_ep.errors import ArgumentError
+from megamoe_ep.errors import ArgumentError, HeapError
 from megamoe_ep.kernels import ColumnOrder, library
 from megamoe_ep.kernels.portable import combined_differently
 from megamoe_ep.symm_buffer import SymmBuffer
 
-_BLOCKS_PER_SM = 1  # as many as an SM runs at once would be 2
+_BLOCKS_PER_SM = 2  # as many as run at once; with few tokens one is quicker there
 
 # csrc/comm/view.cuh: Status and BadInput
 _ABORT_FINDER, _ABORT_WORDS = 0, 8
@@ -33,9 +33,11 @@ class CommState:
         buffer: its regions and workspace are there already.
         blocks: blocks of 512 threads in each kernel. They spread over the SMs, so fewer blocks than
             SMs leave SMs to other streams.
+        most_blocks: the same in a kernel that has more tokens than ``blocks``.
     """
 
-    def __init__(self, buffer: SymmBuffer, blocks: int) -> None:
+    def __init__(self, buffer: SymmBuffer, blocks: int, most_blocks: int | None = None) -> None:
+        most_blocks = most_blocks or blocks
         self.functions: Any = library.load()
         shape, device, work = buffer.shape, buffer.device, buffer.workspace
         self._num_experts = shape.num_experts
@@ -46,7 +48,8 @@ class CommState:
 
         self._latches = scratch(self._num_latches)
         self._slot_row = scratch(shape.max_rows)
-        self._chunk_counts = scratch(blocks, shape.experts_per_rank)
+        self._owners = scratch((shape.world_size + 31) // 32, -(-shape.max_num_tokens // 4) * 4)
+        self._chunk_counts = scratch(most_blocks, shape.experts_per_rank)
         self._send_counts = scratch(shape.world_size)
         self._status = torch.zeros(
             int(self.functions.comm_status_words()), dtype=torch.int64, pin_memory=True
@@ -71,6 +74,7 @@ class CommState:
             "row_slot": work.row_slot.data_ptr(),
             "expert_offsets": work.expert_offsets.data_ptr(),
             "slot_row": self._slot_row.data_ptr(),
+            "owners": self._owners.data_ptr(),
             "chunk_counts": self._chunk_counts.data_ptr(),
             "send_counts": self._send_counts.data_ptr(),
             "latches": self._latches.data_ptr(),
@@ -78,6 +82,7 @@ class CommState:
             "timeout_ns": round(buffer.timeout_s * 1e9),
             "device": torch.cuda.current_device() if device.index is None else device.index,
             "blocks": blocks,
+            "most_blocks": most_blocks,
         }
         # Regions that the format has not are never looked at.
         for name in ("x_sf", "x_scales", "recv_x_sf", "recv_x_scales"):
@@ -124,10 +129,34 @@ class CommState:
 
 
 def open_state(buffer: SymmBuffer, comm_sms: int | None) -> CommState:
-    """The state for a new buffer, on ``comm_sms`` SMs of its GPU; None: all."""
+    """The state for a new buffer, on ``comm_sms`` SMs of its GPU; None: all. Collective.
+
+    Raises:
+        HeapError: GPUs of two ranks cannot add to each other's memory; raised on every rank.
+    """
+    _check_links(buffer)
     available: int = torch.cuda.get_device_properties(buffer.device).multi_processor_count
-    sms = available if comm_sms is None else min(comm_sms, available)
-    return CommState(buffer, sms * _BLOCKS_PER_SM)
+    if comm_sms is None:
+        return CommState(buffer, available, available * _BLOCKS_PER_SM)
+    return CommState(buffer, min(comm_sms, available))
+
+
+def _check_links(buffer: SymmBuffer) -> None:
+    """As far as a rank sees the others' GPUs: it may have been given its own alone."""
+    group, mine = buffer.group, buffer.device.index
+    if group.world_size == 1:
+        return
+    numbers = group.all_gather_object(mine, timeout_s=buffer.timeout_s)
+    seen = [r for r, n in enumerate(numbers) if n != mine and n < torch.cuda.device_count()]
+    able = library.load().comm_adds_to_peer
+    unable = [r for r in seen if not able(mine, numbers[r])]
+    everyone = group.all_gather_object(unable, timeout_s=buffer.timeout_s)
+    if any(everyone):
+        told = {rank: others for rank, others in enumerate(everyone) if others}
+        raise HeapError(
+            f"the GPUs of all ranks must be able to add to one another's memory, as over NVLink; "
+            f"these cannot, ranks by rank: {told}. Take GPUs that NVLink connects."
+        )
 
 
 def stage(

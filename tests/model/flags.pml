@@ -5,6 +5,9 @@
  * results into every rank's home rows, raises its combine flag at every rank, waits for all combine
  * flags and reads its home rows. There is one buffer, used by every call.
  *
+ * The rows of a rank and its flags come in two parts, as from two blocks of a grid: a flag is 2e - 1
+ * while only one of them has added to it, 2e once it stands for call e.
+ *
  * Memory is sequentially consistent here: that data lies before its flag is what the release and
  * acquire of the kernels give, and the FLAG_BEFORE_DATA break shows that the model needs it.
  *
@@ -31,7 +34,7 @@
 /* What lies in symmetric memory: AT(kind, r, s) at rank r, written by rank s alone. */
 #define RECEIVED 0      /* the call whose rows block s of rank r holds */
 #define HOME 1          /* the call whose results of rank s rank r holds */
-#define DISPATCH_FLAG 2 /* the last call of which s raised its flag at r */
+#define DISPATCH_FLAG 2 /* twice the last call of which s raised its flag at r, one less if half */
 #define COMBINE_FLAG 3
 #define AT(kind, r, s) cell[((kind) * RANKS + (r)) * RANKS + (s)]
 #define TOLD(r, f) told[(r) * RANKS + (f)]
@@ -45,24 +48,30 @@ bool finished[RANKS];     /* ran all its calls */
 bool expired[RANKS];      /* its own deadline passed */
 byte kills = KILLS;
 
+#ifdef BREAK_HALF_A_FLAG
+#define WANTED(e) >= 2 * e - 1
+#else
+#define WANTED(e) == 2 * e
+#endif
+
 #if RANKS == 2
-#define ALL(flag, e) (AT(flag, me, 0) == e && AT(flag, me, 1) == e)
+#define ALL(flag, e) (AT(flag, me, 0) WANTED(e) && AT(flag, me, 1) WANTED(e))
 #define ABORTED (TOLD(me, 0) || TOLD(me, 1))
 #define ENDED(r) (dead[r] || left[r] || finished[r])
 #define ALL_ENDED (ENDED(0) && ENDED(1))
-#define LOST(flag, e) ((dead[0] || left[0]) && AT(flag, me, 0) != e || \
-                       (dead[1] || left[1]) && AT(flag, me, 1) != e)
-#define NOT_AHEAD(flag, e) (AT(flag, me, 0) <= e && AT(flag, me, 1) <= e)
+#define LOST(flag, e) ((dead[0] || left[0]) && AT(flag, me, 0) != 2 * e || \
+                       (dead[1] || left[1]) && AT(flag, me, 1) != 2 * e)
+#define NOT_AHEAD(flag, e) (AT(flag, me, 0) <= 2 * e && AT(flag, me, 1) <= 2 * e)
 #else
-#define ALL(flag, e) (AT(flag, me, 0) == e && AT(flag, me, 1) == e && AT(flag, me, 2) == e)
+#define ALL(flag, e) (AT(flag, me, 0) WANTED(e) && AT(flag, me, 1) WANTED(e) && AT(flag, me, 2) WANTED(e))
 #define ABORTED (TOLD(me, 0) || TOLD(me, 1) || TOLD(me, 2))
 #define ENDED(r) (dead[r] || left[r] || finished[r])
 #define ALL_ENDED (ENDED(0) && ENDED(1) && ENDED(2))
-#define LOST(flag, e) ((dead[0] || left[0]) && AT(flag, me, 0) != e || \
-                       (dead[1] || left[1]) && AT(flag, me, 1) != e || \
-                       (dead[2] || left[2]) && AT(flag, me, 2) != e)
+#define LOST(flag, e) ((dead[0] || left[0]) && AT(flag, me, 0) != 2 * e || \
+                       (dead[1] || left[1]) && AT(flag, me, 1) != 2 * e || \
+                       (dead[2] || left[2]) && AT(flag, me, 2) != 2 * e)
 #define NOT_AHEAD(flag, e) \
-  (AT(flag, me, 0) <= e && AT(flag, me, 1) <= e && AT(flag, me, 2) <= e)
+  (AT(flag, me, 0) <= 2 * e && AT(flag, me, 1) <= 2 * e && AT(flag, me, 2) <= 2 * e)
 #endif
 
 #ifdef LAG
@@ -74,26 +83,27 @@ byte kills = KILLS;
 /* Death is one more way for any step to go. */
 #define OR_DIE :: atomic { kills > 0 -> kills--; dead[me] = true; goto out }
 
-/* Two steps, so that every other rank can look in between. */
-inline write_blocks(memory) {
+/* One step of every rank's: any other rank can look before and after. */
+inline at_every_rank(memory, value) {
   i = 0;
   do
-  :: i < RANKS ->
-     if :: AT(memory, i, me) = TORN OR_DIE fi;
-     if :: AT(memory, i, me) = call OR_DIE fi;
-     i++
+  :: i < RANKS -> if :: AT(memory, i, me) = value OR_DIE fi; i++
   :: else -> break
   od;
   i = 0
 }
 
-inline raise_flags(flag) {
-  i = 0;
-  do
-  :: i < RANKS -> if :: AT(flag, i, me) = call OR_DIE fi; i++
-  :: else -> break
-  od;
-  i = 0
+inline write_and_raise(memory, flag) {
+#ifdef BREAK_FLAG_BEFORE_DATA
+  at_every_rank(flag, 2 * call);
+  at_every_rank(memory, TORN);
+  at_every_rank(memory, call)
+#else
+  at_every_rank(memory, TORN);
+  at_every_rank(flag, 2 * call - 1); /* one block is done */
+  at_every_rank(memory, call);
+  at_every_rank(flag, 2 * call)
+#endif
 }
 
 /* The bytes of each block are looked at one block after another; a peer may run in between. */
@@ -134,30 +144,22 @@ active [RANKS] proctype rank() {
      OR_DIE
      fi;
 
-#ifdef BREAK_FLAG_BEFORE_DATA
-     raise_flags(DISPATCH_FLAG);
-     write_blocks(RECEIVED);
-#else
-     write_blocks(RECEIVED);
-     raise_flags(DISPATCH_FLAG);
-#endif
+     write_and_raise(RECEIVED, DISPATCH_FLAG);
      wait_for_all(DISPATCH_FLAG);
      read_blocks(RECEIVED);           /* rows are laid out by expert */
 
 #ifdef BREAK_COMBINE_FLAG_BEFORE_READ
-     raise_flags(COMBINE_FLAG);
+     write_and_raise(HOME, COMBINE_FLAG);
      read_blocks(RECEIVED);
-     write_blocks(HOME);
 #else
      read_blocks(RECEIVED);           /* the combine reads whose tokens these were */
-     write_blocks(HOME);
-     raise_flags(COMBINE_FLAG);
+     write_and_raise(HOME, COMBINE_FLAG);
 #endif
 #ifndef BREAK_NO_COMBINE_WAIT
      wait_for_all(COMBINE_FLAG);
 #else
      /* Waits for one flag, its own: what a rank would do that trusts only its own results. */
-     if :: AT(COMBINE_FLAG, me, me) == call OR_DIE fi;
+     if :: AT(COMBINE_FLAG, me, me) == 2 * call OR_DIE fi;
 #endif
 #ifndef BREAK_NO_COMBINE_WAIT
      read_blocks(HOME);

@@ -67,6 +67,7 @@ def test_protocol_holds(tmp_path: Path, ranks: int, what: list[str]) -> None:
     ("fault", "found"),
     [
         (["BREAK_FLAG_BEFORE_DATA"], "assertion violated"),
+        (["BREAK_HALF_A_FLAG"], "assertion violated"),
         (["BREAK_COMBINE_FLAG_BEFORE_READ"], "assertion violated"),
         (["BREAK_NO_COMBINE_WAIT", "LAG"], "assertion violated"),
         (["BREAK_NO_DEADLINE", "KILLS=1"], "invalid end state"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megamoe_ep import (
 from megamoe_ep.errors import (
     ArgumentError,
     BufferDestroyedError,
+    HeapError,
     HeapTooSmallError,
     LayerMismatchError,
     UnsupportedDeviceError,
@@ -72,6 +74,7 @@ def odd(tensor: torch.Tensor) -> torch.Tensor:
         ({"top_k": 2.0}, r"top_k must be an integer of at least 1; got 2\.0"),
         ({"max_num_tokens": -1}, r"max_num_tokens must be an integer of at least 1; got -1"),
         ({"top_k": 33}, r"top_k must be at most 32; got 33"),
+        ({"max_num_tokens": 2**21}, r"max_num_tokens must be at most 2097151; got 2097152"),
         ({"num_experts": 65538}, r"num_experts must be at most 65536; got 65538"),
         ({"hidden_size": 72}, r"hidden_size must be a multiple of 16 .* got 72"),
         ({"intermediate_size": 40}, r"intermediate_size must be a multiple of 16 .* got 40"),
@@ -79,7 +82,10 @@ def odd(tensor: torch.Tensor) -> torch.Tensor:
         ({"world_size": 3}, r"num_experts must be a multiple of .* got 4 experts on 3 ranks"),
         ({"world_size": 257, "num_experts": 257}, r"group must have at most 256 ranks; got 257"),
         ({"activation_format": "fp8"}, r"activation_format must be 'nvfp4' or 'bf16'; got 'fp8'"),
-        ({"max_num_tokens": 2**30}, r"max_num_tokens=1073741824 .* more than a 32-bit index"),
+        (
+            {"max_num_tokens": 2**21 - 1, "top_k": 32, "world_size": 64, "num_experts": 64},
+            r"max_num_tokens=2097151 .* more than a 32-bit index",
+        ),
     ],
 )
 def test_shape(changes, message):
@@ -105,7 +111,7 @@ def test_shape_of_another_group_size():
         ),
         ({"device": "meta"}, UnsupportedDeviceError, r"device must be 'cpu' or 'cuda'; got 'meta'"),
         (
-            {"max_num_tokens": 2**22, "hidden_size": 65536},
+            {"max_num_tokens": 2**21 - 1, "hidden_size": 65536},
             HeapTooSmallError,
             r"the layer needs \d+ bytes of symmetric memory .* lower max_num_tokens",
         ),
@@ -114,6 +120,27 @@ def test_shape_of_another_group_size():
 def test_buffer(changes, error, message):
     with pytest.raises(error, match=message):
         create(**changes)
+
+
+def test_gpus_that_nothing_fast_connects(monkeypatch):
+    from megamoe_ep.kernels import cuda_comm, library
+
+    def gather(mine, timeout_s):
+        return [mine, 1] if isinstance(mine, int) else [mine, [0]]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    able = SimpleNamespace(comm_adds_to_peer=lambda device, peer: False)
+    monkeypatch.setattr(library, "load", lambda: able)
+    buffer = SimpleNamespace(
+        group=SimpleNamespace(world_size=2, all_gather_object=gather),
+        device=torch.device("cuda", 0),
+        timeout_s=1.0,
+    )
+    with pytest.raises(HeapError, match=r"must be able to add .* rank: \{0: \[1\], 1: "):
+        cuda_comm._check_links(buffer)
+    able.comm_adds_to_peer = lambda device, peer: True
+    buffer.group.all_gather_object = lambda mine, timeout_s: [mine] * 2
+    cuda_comm._check_links(buffer)
 
 
 def test_group_of_something_else():

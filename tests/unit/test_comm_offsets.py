@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megamoe_ep.kernels import portable
-from megamoe_ep.shape import LayerShape
+from megamoe_ep.shape import MAX_TOKENS, LayerShape
 from megamoe_ep.symm_buffer import Workspace
 
 HERE = Path(__file__).parent
@@ -49,7 +49,11 @@ def kernels(tmp_path_factory):
     loaded.comm_fields.restype = ctypes.c_char_p
     loaded.comm_num_latches.restype = ctypes.c_int64
     loaded.comm_status_words.restype = ctypes.c_int64
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    word, pointer, number = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int
+    loaded.flag_step.restype = word
+    loaded.flag_last_step.restype = loaded.flag_before_steps.restype = word
+    loaded.flag_last_step.argtypes = [word, word, number]
+    loaded.flag_before_steps.argtypes = [word]
     loaded.run_stage.argtypes = [*[pointer] * 6, number]
     loaded.run_send.argtypes = [pointer, number]
     loaded.run_expand.argtypes = [pointer, number, number, pointer, number]
@@ -97,7 +101,8 @@ class HostKernels:
         scratch = {
             "slot_row": torch.full((shape.max_rows,), 2**30, dtype=torch.int32),
             "chunk_counts": torch.full((blocks, shape.experts_per_rank), 2**30, dtype=torch.int32),
-            "send_counts": torch.full((shape.world_size,), 2**30, dtype=torch.int32),
+            "send_counts": torch.zeros(shape.world_size, dtype=torch.int32),
+            "owners": torch.full((8, shape.max_num_tokens + 3), -1, dtype=torch.int32),
             "peers": torch.tensor([p.epoch.data_ptr() for p in rank.peers])
             - shape.regions["epoch"].offset,
             "rows": work.rows,
@@ -222,6 +227,30 @@ def test_owner_of_an_expert(kernels) -> None:
         for first in range(0, num_experts, per_rank):
             check(num_experts, per_rank, first)
             check(num_experts, per_rank, first + per_rank - 1)
+
+
+def test_a_flag_is_raised_by_all_blocks_or_not_at_all(kernels) -> None:
+    draw = torch.Generator().manual_seed(2)
+    step, most = kernels.flag_step(), MAX_TOKENS
+    for blocks in (1, 2, 3, 132, 264, 1022, 1023):
+        for _ in range(20):
+            counts = torch.randint(0, most + 1, (2,), generator=draw).tolist()
+            call, missed = torch.randint(0, 3, (2,), generator=draw).tolist()
+            # Also over the end of the call's 32 bits, and where calls went by without this flag.
+            call += 2**32 - 1
+            before, after = ((call << 32) + counts[0]) % 2**64, call + 1 + missed << 32
+            after = (after + counts[1]) % 2**64
+            last = kernels.flag_last_step(before, after, blocks)
+            for others in {0, 1, blocks // 2, blocks - 2, blocks - 1} & set(range(blocks)):
+                without = before + others * step
+                assert without >> 32 == before >> 32
+                assert kernels.flag_before_steps((call << 32) % 2**64 + others * step + 1) == (
+                    (call << 32) % 2**64 + 1
+                )
+                flag = (without + last) % 2**64
+                raised = flag >> 32 == after >> 32
+                assert raised == (others == blocks - 1)
+                assert flag == after or not raised
 
 
 STAGED = ("x", "x_sf", "x_scales", "topk_idx", "topk_weights", "num_tokens")

@@ -29,6 +29,12 @@ int owner(int num_experts, int per_rank, int expert) {
   return Experts(num_experts, per_rank).owner(expert);
 }
 
+uint64_t flag_step() { return kStep; }
+uint64_t flag_last_step(uint64_t from, uint64_t to, int blocks) {
+  return last_step(from, to, blocks);
+}
+uint64_t flag_before_steps(uint64_t flag) { return before_steps(flag); }
+
 int64_t comm_num_latches() { return kLatches; }
 int64_t comm_status_words() { return kStatusWords; }
 

@@ -30,9 +30,10 @@ inline void store_1(void* p, uint32_t v) { store_any(p, static_cast<uint8_t>(v))
 
 inline uint64_t load_acquire_sys(const uint64_t* p) { return *p; }
 inline uint64_t load_relaxed_sys(const uint64_t* p) { return *p; }
-inline uint32_t load_relaxed_gpu(const uint32_t* p) { return *p; }
+inline uint32_t load_relaxed_gpu(const void* p) { return load_any<uint32_t>(p); }
 inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline void store_release_sys(uint64_t* p, uint64_t v) { *p = v; }
+inline void add_release_sys(uint64_t* p, uint64_t v) { *p += v; }
 inline void fence_sys() {}
 inline uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 
