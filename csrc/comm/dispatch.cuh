@@ -257,9 +257,10 @@ __device__ __forceinline__ void add_counts(const View& v, int* first, int* total
   }
 }
 
-// The same from the received entries themselves, of which 0..begin come before this block's.
-__device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin,
-                                              int* first, int* total) {
+// The same from the received entries themselves, of which 0..begin come before this block's; of the
+// `count` after them it leaves the experts in `entry`.
+__device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin, int count,
+                                              int* first, int* total, int* entry) {
   constexpr int kInFlight = 4;
   const int entries = prefix[v.world_size] * static_cast<int>(v.top_k);
 #pragma unroll 1
@@ -271,9 +272,11 @@ __device__ __forceinline__ void count_entries(const View& v, const int* prefix, 
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
+      const int from_begin = i + j * kThreads - begin;
+      if (from_begin >= 0 && from_begin < count) entry[from_begin] = e[j];
       if (e[j] < 0) continue;
       atomicAdd(total + e[j], 1);
-      if (i + j * kThreads < begin) atomicAdd(first + e[j], 1);
+      if (from_begin < 0) atomicAdd(first + e[j], 1);
     }
   }
 }
@@ -422,15 +425,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       };
       RowPart ahead = {};
       load(ahead, warp);
+      if (first == chunk.begin && count_here) {
+        count_entries(v, prefix, first * top_k, count * top_k, next, total, entry);
+      } else {
+        if (first == chunk.begin) add_counts(v, next, total);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
-        entry[i] = local_expert(v, prefix, first * top_k + i);
-      }
-      if (first == chunk.begin) {
-        if (count_here) {
-          count_entries(v, prefix, first * top_k, next, total);
-        } else {
-          add_counts(v, next, total);
+        for (int i = threadIdx.x; i < count * top_k; i += kThreads) {
+          entry[i] = local_expert(v, prefix, first * top_k + i);
         }
       }
       __syncthreads();
