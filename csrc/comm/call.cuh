@@ -43,11 +43,12 @@ __device__ __forceinline__ uint64_t last_call(const View& v) {
   return load_relaxed_sys(v.mine<uint64_t>(v.epoch));
 }
 
-// counts[W]: what the flags carry, once they have been waited for by an earlier kernel.
+// counts[W]: what the flags carry, once they have been waited for by an earlier kernel. After the
+// block's next barrier all that they stand for can be read, as if this kernel had waited.
 __device__ __forceinline__ void read_counts(const View& v, int64_t flags, int* counts) {
 #pragma unroll 1
   for (int r = threadIdx.x; r < v.world_size; r += kThreads) {
-    counts[r] = static_cast<int>(flag_count(load_relaxed_sys(v.mine<uint64_t>(flags) + r)));
+    counts[r] = static_cast<int>(flag_count(load_acquire_sys(v.mine<uint64_t>(flags) + r)));
   }
 }
 

@@ -22,10 +22,13 @@ MEGAMOE_HD int64_t send_shared_bytes(const View& v) {
   return 4 * (v.world_size + 2 * kBatch * v.top_k);
 }
 
-// Adds to sent[W] how many of the tokens 0..end go to each rank. Block-wide; barriers are the
-// caller's.
-__device__ __forceinline__ void count_owners(const View& v, int end, int* sent) {
-  constexpr int kEach = 4;  // tokens of a lane at a time
+// Tokens of a thread that count_owners looks at in turn.
+constexpr int kOwnersEach = 4;
+
+// Adds to sent[W] how many of the tokens 0..end go to each rank. `ahead`: the first kOwnersEach words of
+// this thread, loaded before it is known how many of them count. Block-wide; barriers are the caller's.
+__device__ __forceinline__ void count_owners(const View& v, uint4 ahead, int end, int* sent) {
+  constexpr int kEach = kOwnersEach;
   const int lane = threadIdx.x % 32;
   const int ranks = static_cast<int>(v.world_size);
 #pragma unroll 1
@@ -33,9 +36,10 @@ __device__ __forceinline__ void count_owners(const View& v, int end, int* sent) 
     int mine = 0;
 #pragma unroll 1
     for (int t = threadIdx.x * kEach; t - lane * kEach < end; t += kThreads * kEach) {
-      const uint4 four = t < end ? load_16(v.owners_of(word) + t) : uint4{};
-      const uint32_t masks[kEach] = {four.x, t + 1 < end ? four.y : 0, t + 2 < end ? four.z : 0,
-                                     t + 3 < end ? four.w : 0};
+      uint4 four = ahead;
+      if (word > 0 || t >= kThreads * kEach) four = t < end ? load_16(v.owners_of(word) + t) : uint4{};
+      const uint32_t masks[kEach] = {t < end ? four.x : 0, t + 1 < end ? four.y : 0,
+                                     t + 2 < end ? four.z : 0, t + 3 < end ? four.w : 0};
 #pragma unroll 1
       for (int d = 0; d < min(32, ranks - word * 32); ++d) {
         int count = 0;
@@ -108,6 +112,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (failed) return;
+  const int mine = threadIdx.x * kOwnersEach;
+  const uint4 ahead = mine < v.max_tokens ? load_16(v.owners_of(0) + mine) : uint4{};
   const int staged = num_staged(v);
 
   const int64_t* peers = View::local<const int64_t>(v.peers);
@@ -118,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int sf_bytes = static_cast<int>(v.sf_bytes());
   const int64_t block = v.rank * v.max_tokens;  // this rank's block of a recv_ region, in tokens
 
-  count_owners(v, chunk.begin, sent);
+  count_owners(v, ahead, chunk.begin, sent);
 
 #pragma unroll 1
   for (int first = chunk.begin; first < chunk.end; first += kBatch) {
@@ -262,19 +268,37 @@ __device__ __forceinline__ void add_counts(const View& v, int* first, int* total
 __device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin, int count,
                                               int* first, int* total, int* entry) {
   constexpr int kInFlight = 4;
-  const int entries = prefix[v.world_size] * static_cast<int>(v.top_k);
+  const int top_k = static_cast<int>(v.top_k);
+  const int max_tokens = static_cast<int>(v.max_tokens);
+  const int first_expert = static_cast<int>(v.rank * v.experts_per_rank);
+  const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
+  const int entries = prefix[v.world_size] * top_k;
+  // The source that the entry is of: entries come in its order. What local_expert finds, in few steps.
+  int source = 0;
+  int source_end = prefix[1] * top_k;
+  int before = 0;  // of entry i, element before + i
 #pragma unroll 1
   for (int i = threadIdx.x; i < entries; i += kInFlight * kThreads) {
     int e[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      e[j] = i + j * kThreads < entries ? local_expert(v, prefix, i + j * kThreads) : -1;
+      const int at = i + j * kThreads;
+      e[j] = -1;
+      if (at >= entries) continue;
+#pragma unroll 1
+      while (at >= source_end) {
+        ++source;
+        before = (source * max_tokens - prefix[source]) * top_k;
+        source_end = prefix[source + 1] * top_k;
+      }
+      e[j] = static_cast<int>(load_4(ids + before + at)) - first_expert;
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       const int from_begin = i + j * kThreads - begin;
-      if (from_begin >= 0 && from_begin < count) entry[from_begin] = e[j];
-      if (e[j] < 0) continue;
+      const bool here = static_cast<uint32_t>(e[j]) < static_cast<uint32_t>(v.experts_per_rank);
+      if (from_begin >= 0 && from_begin < count) entry[from_begin] = here ? e[j] : -1;
+      if (!here) continue;
       atomicAdd(total + e[j], 1);
       if (from_begin < 0) atomicAdd(first + e[j], 1);
     }
@@ -359,16 +383,18 @@ struct RowPart {
   __device__ __forceinline__ void load(const View& v, int64_t token, int part, int first,
                                        int pieces) {
     const char* x = v.mine<const char>(v.recv_x) + token * v.x_bytes();
-    const char* sf = v.mine<const char>(v.recv_x_sf) + token * v.sf_bytes();
+    if (v.nvfp4) {
+      const char* sf = v.mine<const char>(v.recv_x_sf) + token * v.sf_bytes();
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int at = first + 32 * i;
-      if (at >= pieces) continue;
-      if (v.nvfp4) {
-        piece[i].x = load_4(x + at * 4);
-        piece[i].y = load_1(sf + at / 2);
-      } else {
-        piece[i] = load_16(x + at * 16);
+      for (int i = 0; i < kPieces; ++i) {
+        if (first + 32 * i >= pieces) continue;
+        piece[i].x = load_4(x + first * 4 + 128 * i);
+        piece[i].y = load_1(sf + (first >> 1) + 16 * i);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        if (first + 32 * i < pieces) piece[i] = load_16(x + first * 16 + 512 * i);
       }
     }
     if (v.nvfp4 && part == 0) token_scale = load_4(v.mine<const float>(v.recv_x_scales) + token);
