@@ -10,6 +10,7 @@ written by hand and left alone. Running it again changes nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 import sys
@@ -38,11 +39,19 @@ FORECAST_TOKENS = (1, 64, 512, 2048, 8192)
 CHECKED_FROM = 64  # tokens of a rank: below, a call is launches, which have no floor worth the name
 CHECK_LIMIT = 0.15
 LAUNCHERS_LIMIT = 0.05
-SLOTS = {"exact": "o", "fast": "s"}
+LINES = {"exact": "-o", "fast": "--s"}
+GPUS = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100"}
 COLOURS = ("#3b6fb6", "#d1495b", "#2e8b57", "#8e6bb0", "#c98a1b", "#17a2a2", "#6b4f3a")
+GREYS = ("black", "#808080", "#b0b0b0")
+MARKERS = "o^sDv<>"
 DOTS_PER_INCH = 120
 
 Row = dict[str, Any]
+
+
+def gpu_name(machine: dict[str, Any]) -> str:
+    """What tables call it: its short name if it has one."""
+    return GPUS.get(machine["device"], machine["device"])
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,12 @@ class Data:
         return cls({path.name: Results.read(path) for path in sorted(folder.glob("*.json"))})
 
     def rows(self, benchmark: str, **wanted: Any) -> list[Row]:
-        """Rows of a benchmark that have these values, each with its machine and ceilings."""
+        """Rows of a benchmark that have these values, each with GPU, machine and ceilings."""
         return [
-            row | {"machine": results.machine, "ceilings": results.ceilings}
-            for results in self.files.values()
-            if results.benchmark == benchmark
-            for row in results.rows
+            row | {"gpu": gpu_name(r.machine), "machine": r.machine, "ceilings": r.ceilings}
+            for r in self.files.values()
+            if r.benchmark == benchmark
+            for row in r.rows
             if all(row.get(name) == value for name, value in wanted.items())
         ]
 
@@ -69,7 +78,7 @@ class Data:
     def scaling(self) -> list[Row]:
         """Points of the scaling benchmark; of those measured more than once the last."""
         rows = sorted(self.rows("scaling"), key=lambda row: str(row["machine"]["time"]))
-        return list({(row["machine"]["device"], *point(row)): row for row in rows}.values())
+        return list({(row["gpu"], *point(row)): row for row in rows}.values())
 
 
 def point(row: Row) -> tuple[Any, ...]:
@@ -109,6 +118,14 @@ def only(rows: Iterable[Row], **wanted: Any) -> Row | None:
     return next(iter(of(rows, **wanted)), None)
 
 
+def groups(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows by their values in these columns, in order of those."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return dict(sorted(found.items()))
+
+
 NOTHING = "No result file holds any of this yet."
 
 
@@ -134,20 +151,21 @@ def sources(data: Data) -> str:
 
 
 def ceilings(data: Data) -> str:
-    measured = [(f"`{name}`", r.ceilings) for name, r in data.files.items()]
-    assumed = [(f"table: {name}", c) for name, c in KNOWN.items()]
+    # One rank alone has no peer to measure.
+    measured = [(f"`{n}`", r.ceilings, r.machine["ranks"] > 1) for n, r in data.files.items()]
+    assumed = [(f"table: {name}", c, True) for name, c in KNOWN.items()]
     lines = [
         [
             where,
             f"{c.copy_bytes_per_s / 1e12:.2f}",
             f"{c.flop_per_s / 1e12:.0f}",
-            f"{c.peer_bytes_per_s / 1e9:.0f}",
-            f"{c.flag_s * 1e6:.2f}",
+            f"{c.peer_bytes_per_s / 1e9:.0f}" if peers else "-",
+            f"{c.flag_s * 1e6:.2f}" if peers else "-",
             f"{c.launch_s * 1e6:.2f}",
             "-" if c.call_s is None else f"{c.call_s * 1e6:.2f}",
             c.source,
         ]
-        for where, c in [*measured, *assumed]
+        for where, c, peers in [*measured, *assumed]
     ]
     heads = ["", "copy TB/s", "product TFLOP/s", "peer GB/s", "flag us", "launch us", "call us"]
     return table([*heads, "source"], lines)
@@ -159,56 +177,45 @@ def latency(data: Data) -> str:
     if not rows:
         return NOTHING
     lines = []
-    for model in values(rows, "shape"):
-        for ranks in values(of(rows, shape=model), "ranks"):
-            mine = of(rows, shape=model, ranks=ranks)
-            for tokens in values(mine, "tokens"):
-                exact, fast = (
-                    only(mine, tokens=tokens, combine=mode) for mode in ("exact", "fast")
-                )
-                row = exact or fast
-                assert row is not None
-                lines.append(
-                    [
-                        model,
-                        ranks,
-                        tokens,
-                        row["rows_busiest_rank"],
-                        us(row["weight_floor_us"]),
-                        us(row["flop_floor_us"]),
-                        *(us(r and r["ours_us"]) for r in (exact, fast)),
-                        *(ratio(r and r["over_floor"]) for r in (exact, fast)),
-                        f"{max(r['tflops'] for r in (exact, fast) if r):.0f}",
-                    ]
-                )
+    for where, mine in groups(rows, "gpu", "shape", "ranks", "tokens").items():
+        exact, fast = (only(mine, combine=mode) for mode in ("exact", "fast"))
+        row = exact or fast
+        assert row is not None
+        lines.append(
+            [
+                *where,
+                row["rows_busiest_rank"],
+                us(row["weight_floor_us"]),
+                us(row["flop_floor_us"]),
+                *(us(r and r["ours_us"]) for r in (exact, fast)),
+                *(ratio(r and r["over_floor"]) for r in (exact, fast)),
+                f"{max(r['tflops'] for r in (exact, fast) if r):.0f}",
+            ]
+        )
     heads = [
-        "shape", "ranks", "tokens a rank", "rows", "weight floor us", "FLOP floor us", "exact us",
-        "fast us", "exact / floor", "fast / floor", "TFLOP/s",
+        "GPU", "shape", "ranks", "tokens a rank", "rows", "weight floor us", "FLOP floor us",
+        "exact us", "fast us", "exact / floor", "fast / floor", "TFLOP/s",
     ]  # fmt: skip
-    return table(heads, lines)
+    return table(heads, lines, left=2)
 
 
 def phases(data: Data) -> str:
     rows = [r for r in of(data.scaling, mode="weak", skew=1.0, combine="exact") if "l1_us" in r]
     if not rows:
         return NOTHING
-    keys = sorted({(r["shape"], r["ranks"], r["tokens"]) for r in rows})
     lines = []
-    for model, ranks, tokens in keys:
-        row = only(rows, shape=model, ranks=ranks, tokens=tokens)
-        assert row is not None
+    for where, (row,) in groups(rows, "gpu", "shape", "ranks", "tokens").items():
         cells = [f"{us(row[f'{p}_us'])} ({us(row[f'{p}_floor_us'])})" for p in PHASES]
-        lines.append([model, ranks, tokens, *cells])
-    return table(["shape", "ranks", "tokens a rank", *(f"{p} us" for p in PHASES)], lines)
+        lines.append([*where, *cells])
+    heads = ["GPU", "shape", "ranks", "tokens a rank", *(f"{p} us" for p in PHASES)]
+    return table(heads, lines, left=2)
 
 
 def skew(data: Data) -> str:
     rows = of(data.scaling, combine="exact")
     skews = [s for s in values(rows, "skew") if s != 1]
     lines = []
-    points = {(r["shape"], r["mode"], r["ranks"], r["tokens"]) for r in rows}
-    for model, mode, ranks, tokens in sorted(points):
-        mine = of(rows, shape=model, mode=mode, ranks=ranks, tokens=tokens)
+    for where, mine in groups(rows, "gpu", "shape", "mode", "ranks", "tokens").items():
         even = only(mine, skew=1.0)
         hot = [only(mine, skew=s) for s in skews]
         if even and any(hot):
@@ -218,11 +225,11 @@ def skew(data: Data) -> str:
                 else "-"
                 for r in hot
             ]
-            lines.append([model, mode, ranks, tokens, us(even["ours_us"]), *cells])
+            lines.append([*where, us(even["ours_us"]), *cells])
     if not lines:
         return NOTHING
-    heads = ["shape", "scaling", "ranks", "tokens", "even us", *(f"{s:g}x" for s in skews)]
-    return table(heads, lines, left=2)
+    heads = ["GPU", "shape", "scaling", "ranks", "tokens", "even us", *(f"{s:g}x" for s in skews)]
+    return table(heads, lines, left=3)
 
 
 def strong(data: Data) -> str:
@@ -231,11 +238,11 @@ def strong(data: Data) -> str:
         return NOTHING
     counts = values(rows, "ranks")
     lines = []
-    for model, tokens, mode in sorted({(r["shape"], r["tokens"], r["combine"]) for r in rows}):
-        mine = [only(rows, shape=model, tokens=tokens, combine=mode, ranks=w) for w in counts]
-        cells = [us(r and r["ours_us"]) for r in mine]
-        lines.append([model, tokens, mode, *cells])
-    return table(["shape", "tokens in all", "combine", *(f"{w} rank(s) us" for w in counts)], lines)
+    for where, mine in groups(rows, "gpu", "shape", "tokens", "combine").items():
+        measured = (only(mine, ranks=w) for w in counts)
+        lines.append([*where, *(us(r and r["ours_us"]) for r in measured)])
+    heads = ["GPU", "shape", "tokens in all", "combine", *(f"{w} rank(s) us" for w in counts)]
+    return table(heads, lines, left=2)
 
 
 def rivals(data: Data) -> str:
@@ -249,7 +256,7 @@ def rivals(data: Data) -> str:
         timed += [(row, name, took) for name, took in row["rivals_us"].items() if took]
     if not timed:
         return NOTHING
-    keys = ("shape", "ranks", "tokens_per_rank", "combine", "skew")
+    keys = ("gpu", "shape", "ranks", "tokens_per_rank", "combine", "skew")
     timed.sort(key=lambda t: ([t[0][k] for k in keys], t[1]))
     lines = [
         [
@@ -262,8 +269,8 @@ def rivals(data: Data) -> str:
         ]
         for r, name, took in timed
     ]
-    heads = ["shape", "ranks", "tokens a rank", "combine", "skew", "floor us", "ours us"]
-    return table([*heads, "beside it", "us", "times ours"], lines)
+    heads = ["GPU", "shape", "ranks", "tokens a rank", "combine", "skew", "floor us", "ours us"]
+    return table([*heads, "beside it", "us", "times ours"], lines, left=2)
 
 
 def launchers(data: Data) -> str:
@@ -326,12 +333,12 @@ def forecast_check(data: Data) -> str:
     if not found:
         return "Nothing to hold the forecast to yet: no result file of csrc's kernels on a GPU."
     lines = []
-    for ranks in values((c.row for c in found), "ranks"):
+    for gpu, ranks in groups((c.row for c in found), "gpu", "ranks"):
         for model in ["all", *values((c.row for c in found), "shape")]:
             mine = [
                 c
                 for c in found
-                if c.row["ranks"] == ranks
+                if (c.row["gpu"], c.row["ranks"]) == (gpu, ranks)
                 and model in ("all", c.row["shape"])
                 and c.row["tokens_per_rank"] >= CHECKED_FROM
             ]
@@ -340,28 +347,35 @@ def forecast_check(data: Data) -> str:
                 spread = sorted(c.ratio for c in mine)
                 lines.append(
                     [
-                        ranks, model, len(mine), f"{within:.0%}", ratio(statistics.median(spread)),
-                        ratio(spread[0]), ratio(spread[-1]),
+                        gpu, ranks, model, len(mine), f"{within:.0%}",
+                        ratio(statistics.median(spread)), ratio(spread[0]), ratio(spread[-1]),
                     ]
                 )  # fmt: skip
-    heads = ["ranks", "shape", "points", f"within {CHECK_LIMIT:.0%}", "median", "lowest", "highest"]
-    summary = table(heads, lines, left=2)
+    heads = [
+        "GPU", "ranks", "shape", "points", f"within {CHECK_LIMIT:.0%}", "median", "lowest",
+        "highest",
+    ]  # fmt: skip
+    summary = table(heads, lines, left=3)
 
+    keys = ("gpu", "shape", "mode", "ranks", "tokens")
     points = []
-    for c in sorted(found, key=lambda c: [c.row[k] for k in ("shape", "mode", "ranks", "tokens")]):
+    for c in sorted(found, key=lambda c: [c.row[k] for k in keys]):
         r = c.row
         if r["skew"] == 1 and r["combine"] == "exact":
             points.append(
                 [
-                    r["shape"], r["mode"], r["ranks"], r["tokens"], us(r["ours_us"]),
-                    us(c.seconds * 1e6), ratio(c.ratio), "yes" if c.within else "no",
+                    *(r[k] for k in keys), us(r["ours_us"]), us(c.seconds * 1e6), ratio(c.ratio),
+                    "yes" if c.within else "no",
                 ]
             )  # fmt: skip
-    heads = ["shape", "scaling", "ranks", "tokens", "measured us", "forecast us", "ratio", "within"]
+    heads = [
+        "GPU", "shape", "scaling", "ranks", "tokens", "measured us", "forecast us", "ratio",
+        "within",
+    ]  # fmt: skip
     return (
         f"Forecast over measured, points with at least {CHECKED_FROM} tokens a rank, every skew "
         f"and both combine modes:\n\n{summary}\n\nEven routing, `exact`:\n\n"
-        f"{table(heads, points, left=2)}"
+        f"{table(heads, points, left=3)}"
     )
 
 
@@ -402,18 +416,19 @@ def gemms(data: Data) -> str:
     if not rows:
         return NOTHING
     lines = []
-    for r in sorted(rows, key=lambda r: (r["shape"], r.get("skew", 1.0), r["tokens_per_rank"])):
+    keys = ("gpu", "shape", "skew", "tokens_per_rank")
+    for r in sorted(({"skew": 1.0} | r for r in rows), key=lambda r: [r[k] for k in keys]):
         floor = max(r["weight_floor_us"], r["flop_floor_us"])
         rival = r.get("torch_grouped_mm_us")
         lines.append(
             [
-                r["shape"], f"{r.get('skew', 1.0):g}", r["tokens_per_rank"], r["rows"], us(floor),
+                r["gpu"], r["shape"], f"{r['skew']:g}", r["tokens_per_rank"], r["rows"], us(floor),
                 us(r["ours_us"]), ratio(r["ours_us"] / floor), us(rival),
                 ratio(rival and rival / r["ours_us"]),
             ]
         )  # fmt: skip
-    heads = ["shape", "skew", "tokens a rank", "rows", "floor us", "ours us", "ours / floor"]
-    return table([*heads, "torch._grouped_mm us", "times faster"], lines)
+    heads = ["GPU", "shape", "skew", "tokens a rank", "rows", "floor us", "ours us", "ours / floor"]
+    return table([*heads, "torch._grouped_mm us", "times faster"], lines, left=2)
 
 
 # Plots
@@ -442,10 +457,21 @@ def legend_below(shown: Figure) -> None:
 
 def ticks(axes: Any, at: Sequence[float]) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(at, [f"{x:g}" for x in at])
+    axes.set_xticks(at, [f"{x:g}" for x in at], fontsize=8)
     axes.minorticks_off()
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
+
+
+def line(rows: Iterable[Row], x: str, y: str) -> tuple[list[Any], list[Any]]:
+    """One column over another; of rows that have the same x the last."""
+    found = {row[x]: row[y] for row in rows}
+    return sorted(found), [found[at] for at in sorted(found)]
+
+
+def looks(keys: Iterable[Any], styles: Iterable[str]) -> dict[Any, str]:
+    """A colour or marker for each."""
+    return dict(zip(keys, itertools.cycle(styles), strict=False))
 
 
 def latency_plot(data: Data) -> Figure | None:
@@ -453,51 +479,57 @@ def latency_plot(data: Data) -> Figure | None:
     models = [m for m in MODELS if m in values(rows, "shape")]
     if not models:
         return None
-    shown = figure(3.6 * len(models), 4.2)
+    others = [r for r in data.rows("layer", skew=1.0) if r.get("torch_nccl_us")]
+    colours = looks(groups([*rows, *others], "gpu", "ranks"), COLOURS)
+    greys = looks(values(rows, "gpu"), GREYS)
+    shown = figure(3.6 * len(models), 5)
     for axes, model in zip(panels(shown, 1, len(models)), models, strict=True):
         mine = of(rows, shape=model)
-        for number, ranks in enumerate(values(mine, "ranks")):
-            for combine, style in (("exact", "-"), ("fast", "--")):
-                line = {r["tokens"]: r["ours_us"] for r in of(mine, ranks=ranks, combine=combine)}
-                x = sorted(line)
-                axes.plot(
-                    x, [line[t] for t in x], style, marker=SLOTS[combine], ms=4,
-                    color=COLOURS[number % len(COLOURS)], label=f"EP{ranks} {combine}",
-                )  # fmt: skip
-        floors = {r["tokens"]: r["floor_us"] for r in of(mine, ranks=min(values(mine, "ranks")))}
-        x = sorted(floors)
-        axes.plot(x, [floors[t] for t in x], ":", color="black", label="floor")
-        others = [r for r in data.rows("layer", shape=model, skew=1.0) if r.get("torch_nccl_us")]
-        for number, ranks in enumerate(values(others, "ranks")):
-            line = {r["tokens_per_rank"]: r["torch_nccl_us"] for r in of(others, ranks=ranks)}
+        for (gpu, ranks, combine), found in groups(mine, "gpu", "ranks", "combine").items():
             axes.plot(
-                sorted(line), [line[t] for t in sorted(line)], "-", marker="x+*"[number % 3], ms=6,
-                color="#888888", label=f"EP{ranks} torch, bf16",
+                *line(found, "tokens", "ours_us"), LINES[combine], ms=4,
+                color=colours[gpu, ranks], label=f"{gpu} EP{ranks} {combine}",
             )  # fmt: skip
+        for (gpu, ranks), found in groups(of(others, shape=model), "gpu", "ranks").items():
+            axes.plot(
+                *line(found, "tokens_per_rank", "torch_nccl_us"), "-.x", ms=6, lw=1,
+                color=colours[gpu, ranks], label=f"{gpu} EP{ranks} torch, bf16",
+            )  # fmt: skip
+        for (gpu,), found in groups(mine, "gpu").items():
+            fewest = of(found, ranks=min(values(found, "ranks")))
+            axes.plot(
+                *line(fewest, "tokens", "floor_us"), ":", color=greys[gpu], label=f"{gpu} floor"
+            )
         ticks(axes, values(mine, "tokens"))
         axes.set(title=model, xlabel="tokens a rank", ylabel="latency, us")
-        axes.legend(fontsize=8)
+    legend_below(shown)
     return shown
 
 
 def scaling_plot(data: Data) -> Figure | None:
-    """Latency over ranks: weak and strong."""
-    rows = of(data.scaling, skew=1.0, combine="exact")
+    """Latency over ranks: weak and strong, of GPUs that several numbers of ranks were run on."""
+    rows = [
+        row
+        for mine in groups(of(data.scaling, skew=1.0, combine="exact"), "gpu").values()
+        if len(values(mine, "ranks")) > 1
+        for row in mine
+    ]
     models = [m for m in MODELS if m in values(rows, "shape")]
-    if not models or len(values(rows, "ranks")) < 2:
+    if not models:
         return None
-    shown = figure(3.6 * len(models), 7.4)
-    axes_of = panels(shown, 2, len(models))
-    for row, mode in enumerate(("weak", "strong")):
+    colours = looks(values(rows, "tokens"), COLOURS)
+    styles = looks(values(rows, "gpu"), ("-o", "--s", ":^"))
+    modes = [m for m in ("weak", "strong") if m in values(rows, "mode")]
+    shown = figure(3.6 * len(models), 3.8 * len(modes))
+    axes_of = panels(shown, len(modes), len(models))
+    for row, mode in enumerate(modes):
         for column, model in enumerate(models):
             axes = axes_of[row * len(models) + column]
             mine = of(rows, shape=model, mode=mode)
-            for number, tokens in enumerate(values(mine, "tokens")):
-                line = {r["ranks"]: r["ours_us"] for r in of(mine, tokens=tokens)}
+            for (gpu, tokens), found in groups(mine, "gpu", "tokens").items():
                 axes.plot(
-                    sorted(line), [line[w] for w in sorted(line)], "-o", ms=4,
-                    color=COLOURS[number % len(COLOURS)],
-                    label=f"{tokens} token{'s' if tokens > 1 else ''}",
+                    *line(found, "ranks", "ours_us"), styles[gpu], ms=4, color=colours[tokens],
+                    label=f"{gpu}, {tokens} token{'s' if tokens > 1 else ''}",
                 )  # fmt: skip
             ticks(axes, values(rows, "ranks"))
             what = "a rank's load fixed" if mode == "weak" else "all tokens fixed"
@@ -510,27 +542,29 @@ def check_plot(data: Data) -> Figure | None:
     found = checked(data)
     if not found:
         return None
-    shown = figure(8.4, 4.6)
+    shown = figure(8.4, 5)
     (axes,) = panels(shown, 1, 1)
-    models = [m for m in MODELS if m in values((c.row for c in found), "shape")]
-    x = values((c.row for c in found), "tokens_per_rank")
+    rows = [c.row for c in found]
+    models = [m for m in MODELS if m in values(rows, "shape")]
+    markers = looks(groups(rows, "gpu", "ranks"), MARKERS)
     axes.axhspan(1 - CHECK_LIMIT, 1 + CHECK_LIMIT, color="#2e8b57", alpha=0.15, lw=0)
     axes.axhline(1, color="black", lw=0.8)
     for number, model in enumerate(models):
-        for ranks, marker in ((1, "o"), (2, "^")):
-            mine = [c for c in found if c.row["shape"] == model and c.row["ranks"] == ranks]
+        for (gpu, ranks), marker in markers.items():
+            keys = (model, gpu, ranks)
+            mine = [c for c in found if (c.row["shape"], c.row["gpu"], c.row["ranks"]) == keys]
             if mine:
                 # Side by side, so that the shapes do not hide one another.
                 shift = 2 ** (0.18 * (number - (len(models) - 1) / 2))
                 axes.plot(
                     [c.row["tokens_per_rank"] * shift for c in mine], [c.ratio for c in mine],
                     marker, ms=4, alpha=0.6, color=COLOURS[number % len(COLOURS)],
-                    label=f"{model}, EP{ranks}", mew=0,
+                    label=f"{model}, {gpu} EP{ranks}", mew=0,
                 )  # fmt: skip
-    ticks(axes, x)
+    ticks(axes, values(rows, "tokens_per_rank"))
     axes.set_yscale("linear")
     axes.set(xlabel="tokens a rank", ylabel="forecast / measured")
-    axes.legend(fontsize=8)
+    legend_below(shown)
     return shown
 
 

@@ -116,15 +116,18 @@ class GemmKernels:
         return self.few if self.is_few(shape) else self.many
 
 
+# csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens take;
+# tests/unit/test_sass.py counts the instructions.
+_SM90 = GemmKernels(
+    GemmTiles(128, 48, 8, 132, 26, 132, run=4, alike=16),
+    GemmTiles(256, 176, 8, 132, 26, 277, parts=2),
+    lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
+    fused=True,
+)
+
 KERNELS = {
-    # csrc/gemm/sm90/schedule.cuh, on 132 SMs. wgmma takes no less than 13 cycles, which 26 tokens
-    # take; tests/unit/test_sass.py counts the instructions.
-    "H200": GemmKernels(
-        GemmTiles(128, 48, 8, 132, 26, 132, run=4, alike=16),
-        GemmTiles(256, 176, 8, 132, 26, 277, parts=2),
-        lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
-        fused=True,
-    ),
+    "H100": _SM90,
+    "H200": _SM90,
     # csrc/gemm/sm100/grouped_gemm.cuh, on 148 SMs; a wide tile takes two of them
     "B200": GemmKernels(
         GemmTiles(128, 64, 64, 148),

@@ -35,11 +35,11 @@ def run(*arguments: object) -> int:
     return int(report.main([str(argument) for argument in arguments]))
 
 
-def results_of(ranks: int, launcher: str, slower: float) -> Results:
+def results_of(ranks: int, launcher: str, slower: float, device: str = "NVIDIA H200") -> Results:
     """As if every call took ``slower`` times the forecast."""
     ceilings = KNOWN["H200"]
     machine = {
-        "device": "NVIDIA H200", "ranks": ranks, "launcher": launcher, "kernels": "sm90",
+        "device": device, "ranks": ranks, "launcher": launcher, "kernels": "sm90",
         "torch": "2.11", "commit": "0123abc", "command": "scaling.py", "time": launcher,
     }  # fmt: skip
     results = Results("scaling", machine, ceilings)
@@ -136,13 +136,39 @@ def test_the_committed_document_is_what_the_committed_results_give():
 def test_tables_say_what_the_rows_say(folder):
     data = report.Data.read(folder / "results")
     row = data.rows("scaling", mode="weak", tokens=64, combine="exact", skew=1.0, ranks=1)[0]
-    (line,) = [x for x in report.latency(data).splitlines() if x.startswith("| dsv3 | 1 | 64 |")]
+    start = "| H200 | dsv3 | 1 | 64 |"
+    (line,) = [x for x in report.latency(data).splitlines() if x.startswith(start)]
     assert f"| {row['ours_us']:.0f} |" in line
     assert f"| {row['over_floor']:.2f} |" in line
     assert report.skew(data).splitlines()[0].endswith("| 4x |")
     # mpirun's and torchrun's differ by 1.12 / 1.1.
     assert "24 points" in report.launchers(data)
     assert "24 differ by at most 5%" in report.launchers(data)
+
+
+def test_no_line_mixes_two_gpus(folder):
+    h200 = report.Data.read(folder / "results")
+    h100 = report.Data({"h100.json": results_of(2, "mpirun", 1.5, "NVIDIA H100 80GB HBM3")})
+    both = report.Data(h200.files | h100.files)
+    for name in ("latency", "phases", "skew"):
+        of_h100, of_h200, of_both = (
+            report.TABLES[name](data).splitlines()[2:] for data in (h100, h200, both)
+        )
+        assert of_both == of_h100 + of_h200
+        assert all(line.startswith("| H100 | dsv3 |") for line in of_h100)
+
+    point = {"mode": "strong", "tokens": 64, "combine": "exact", "skew": 1.0}
+    (two,) = h100.rows("scaling", **point)
+    of_h200 = [report.only(h200.scaling, ranks=ranks, **point) for ranks in (1, 2)]
+    lines = report.strong(both).splitlines()
+    assert f"| H100 | dsv3 | 64 | exact | - | {report.us(two['ours_us'])} |" in lines
+    cells = " | ".join(report.us(row["ours_us"]) for row in of_h200)
+    assert f"| H200 | dsv3 | 64 | exact | {cells} |" in lines
+
+    checked = report.checked(both)
+    assert {round(c.ratio, 3) for c in checked if c.row["gpu"] == "H100"} == {round(1 / 1.5, 3)}
+    labels = report.scaling_plot(both).axes[0].get_legend_handles_labels()[1]
+    assert labels == [f"H200, {t}" for t in ("1 token", "64 tokens", "2048 tokens")]
 
 
 def test_the_check_of_the_forecast_counts_what_is_near(folder):
@@ -158,8 +184,8 @@ def test_the_check_of_the_forecast_counts_what_is_near(folder):
     assert sum(c.within for c in checked) == 24
     # One token a rank is left out of the summary; of the others none of one rank is near.
     lines = report.forecast_check(report.Data.read(folder / "results")).splitlines()
-    assert "| 1 | all | 16 | 0% | 0.77 | 0.77 | 0.77 |" in lines
-    (two,) = [line for line in lines if line.startswith("| 2 | all |")]
+    assert "| H200 | 1 | all | 16 | 0% | 0.77 | 0.77 | 0.77 |" in lines
+    (two,) = [line for line in lines if line.startswith("| H200 | 2 | all |")]
     assert "| 100% |" in two
 
 
