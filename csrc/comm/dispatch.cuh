@@ -25,19 +25,21 @@ MEGAMOE_HD int64_t send_shared_bytes(const View& v) {
 // Tokens of a thread that count_owners looks at in turn.
 constexpr int kOwnersEach = 4;
 
-// Adds to sent[W] how many of the tokens 0..end go to each rank. `ahead`: the first kOwnersEach words of
-// this thread, loaded before it is known how many of them count. Block-wide; barriers are the caller's.
+// Adds to sent[W] how many of the tokens 0..end go to each rank. `ahead`: the first kOwnersEach words
+// of this thread, loaded before it is known how many of them count. Block-wide; barriers are the
+// caller's.
 __device__ __forceinline__ void count_owners(const View& v, uint4 ahead, int end, int* sent) {
   constexpr int kEach = kOwnersEach;
+  constexpr int kTurn = kThreads * kEach;
   const int lane = threadIdx.x % 32;
   const int ranks = static_cast<int>(v.world_size);
 #pragma unroll 1
   for (int word = 0; word < v.owner_words(); ++word) {
     int mine = 0;
 #pragma unroll 1
-    for (int t = threadIdx.x * kEach; t - lane * kEach < end; t += kThreads * kEach) {
+    for (int t = threadIdx.x * kEach; t - lane * kEach < end; t += kTurn) {
       uint4 four = ahead;
-      if (word > 0 || t >= kThreads * kEach) four = t < end ? load_16(v.owners_of(word) + t) : uint4{};
+      if (word > 0 || t >= kTurn) four = t < end ? load_16(v.owners_of(word) + t) : uint4{};
       const uint32_t masks[kEach] = {t < end ? four.x : 0, t + 1 < end ? four.y : 0,
                                      t + 2 < end ? four.z : 0, t + 3 < end ? four.w : 0};
 #pragma unroll 1
@@ -52,9 +54,9 @@ __device__ __forceinline__ void count_owners(const View& v, uint4 ahead, int end
   }
 }
 
-// Gives each of `count` tokens from `begin` on its places in the blocks of the ranks that it goes to: the j-th of
-// them, in ascending order, is rank[t * K + j], and place[t * K + j] the place there, or -1 after the
-// last. sent[W] counts on. One warp.
+// Gives token t of `count` from `begin` on its places in the blocks of the ranks that it goes to: the
+// j-th of them, in ascending order, is rank[t * K + j], and place[t * K + j] the place there, or -1
+// after the last. sent[W] counts on. One warp.
 __device__ __forceinline__ void place_tokens(const View& v, int begin, int count, int* sent,
                                              int* rank, int* place) {
   const int lane = threadIdx.x % 32;
@@ -263,8 +265,8 @@ __device__ __forceinline__ void add_counts(const View& v, int* first, int* total
   }
 }
 
-// The same from the received entries themselves, of which 0..begin come before this block's; of the
-// `count` after them it leaves the experts in `entry`.
+// The same from the received entries themselves, of which 0..begin come before this block's; what
+// local_expert says of the `count` after them it leaves in `entry`.
 __device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin, int count,
                                               int* first, int* total, int* entry) {
   constexpr int kInFlight = 4;
@@ -273,10 +275,10 @@ __device__ __forceinline__ void count_entries(const View& v, const int* prefix, 
   const int first_expert = static_cast<int>(v.rank * v.experts_per_rank);
   const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
   const int entries = prefix[v.world_size] * top_k;
-  // The source that the entry is of: entries come in its order. What local_expert finds, in few steps.
+  // Of entry i, which is element before + i of `ids`. It only goes up, so it needs no search.
   int source = 0;
   int source_end = prefix[1] * top_k;
-  int before = 0;  // of entry i, element before + i
+  int before = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < entries; i += kInFlight * kThreads) {
     int e[kInFlight];

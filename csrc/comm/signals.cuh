@@ -150,7 +150,7 @@ __device__ __forceinline__ bool wait_for_flags(const View& v, int64_t flags, Pha
   const uint64_t start = globaltimer_ns();
   for (int r = threadIdx.x; r < v.world_size; r += blockDim.x) {
     const uint64_t* mine = v.mine<uint64_t>(flags) + r;
-    // Both on their way at once; should it be told, report_abort reads no more than it must.
+    // Both are on their way at once. Of an abort once more, with acquire, before its record is read.
     const uint64_t told = load_relaxed_sys(abort_record(v, v.memory, r));
     uint64_t flag = load_acquire_sys(mine);
     if (told && load_acquire_sys(abort_record(v, v.memory, r))) {
