@@ -37,7 +37,7 @@ pytestmark = [
 def test_the_others_name_the_missing_rank_in_time_and_live_on(tmp_path, fate, phase, world_size):
     gpus = torch.cuda.device_count()
     if world_size > gpus and world_size % gpus:
-        pytest.skip(f"NVSHMEM starts as many ranks on each GPU; got {world_size} for {gpus}")
+        pytest.skip(f"NVSHMEM was seen not to start {world_size} uneven ranks on {gpus} GPUs")
     arguments = ["--fate", fate, "--phase", phase, "--timeout", str(TIMEOUT_S)]
     argv = [sys.executable, str(HERE / "programs" / "falter.py"), *arguments]
     paths = [tmp_path / f"rank{r}" for r in range(world_size)]
