@@ -44,8 +44,7 @@ MEGAMOE_HD int token_tiles(int rows) {
 // Width of an expert's token tiles: a multiple of kTokenStep.
 template <typename Cut>
 MEGAMOE_HD int tile_width(int rows) {
-  // By a mask: of two quotients the compiler makes one, and then divides always.
-  if (rows <= Cut::kMaxTokens) return (rows + kTokenStep - 1) & -kTokenStep;
+  if (rows <= Cut::kMaxTokens) return ceil_div(rows, kTokenStep) * kTokenStep;  // no division
   return ceil_div(rows, token_tiles<Cut>(rows) * kTokenStep) * kTokenStep;
 }
 
