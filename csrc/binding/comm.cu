@@ -20,6 +20,10 @@ using tvm::ffi::String;
 // Up to this many entries, each block of dispatch_expand counts all of them: less than the time of
 // one more kernel.
 constexpr int64_t kCountHere = 4096;
+static_assert(kCountHere < 1 << 16);  // Counts
+// Then so many of its blocks, a power of 2, have the same tokens that these are about as many.
+constexpr int64_t kTokensShared = 8;
+constexpr int kMostSharingLog2 = 3;
 
 // Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends, and
 // with more blocks where it has more tokens than those.
@@ -45,14 +49,17 @@ class Launcher {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    const int64_t blocks = tokens > view_.blocks ? view_.most_blocks : view_.blocks;
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.gridDim = dim3(static_cast<unsigned>(blocks(tokens)));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     config.attrs = &attribute;
     config.numAttrs = 1;
     check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  }
+
+  int64_t blocks(int64_t tokens) const {
+    return tokens > view_.blocks ? view_.most_blocks : view_.blocks;
   }
 
  private:
@@ -95,14 +102,19 @@ void comm_dispatch(int64_t view, bool with_weights, bool by_lane, int64_t stats,
   const Launcher launcher(v, stream);
   const int64_t received = v.world_size * v.max_tokens;
   const bool count_here = received * v.top_k <= kCountHere;
+  int sharing_log2 = 0;
+  while (count_here && sharing_log2 < kMostSharingLog2 &&
+         received << sharing_log2 < kTokensShared * launcher.blocks(received)) {
+    ++sharing_log2;
+  }
   launcher.run("dispatch_send", dispatch_send, v.max_tokens, send_shared_bytes(v), v,
                static_cast<int>(with_weights));
   if (!count_here) {
     launcher.run("dispatch_count", dispatch_count, received, count_shared_bytes(v), v);
   }
   launcher.run("dispatch_expand", dispatch_expand, received, expand_shared_bytes(v), v,
-               static_cast<int>(count_here), static_cast<int>(by_lane), View::local<void>(stats),
-               static_cast<int>(stats_bytes));
+               static_cast<int>(count_here), sharing_log2, static_cast<int>(by_lane),
+               View::local<void>(stats), static_cast<int>(stats_bytes));
 }
 
 void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t stream) {

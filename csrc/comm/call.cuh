@@ -52,10 +52,9 @@ __device__ __forceinline__ void read_counts(const View& v, int64_t flags, int* c
   }
 }
 
-// counts[W] -> prefix[W + 1] in place: tokens received from the ranks before each. Block-wide, with
-// a barrier at both ends.
+// counts[W] -> prefix[W + 1] in place: tokens received from the ranks before each. Block-wide, after a
+// barrier and with one at its end.
 __device__ __forceinline__ void sum_up(int* counts, int ranks) {
-  __syncthreads();
   if (threadIdx.x == 0) {
     int sum = 0;
 #pragma unroll 1

@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int top_k = static_cast<int>(v.top_k);
   const int max_tokens = static_cast<int>(v.max_tokens);
   const int row_bytes = static_cast<int>(v.home_bytes());
-  const int parts = (row_bytes + kPart - 1) / kPart;
-  const Shares shares(rows, parts);
+  const Rows kind(row_bytes);
+  const Shares shares(rows, kind.parts);
   const int64_t* peers = View::local<const int64_t>(v.peers);
 
   for (int first = shares.begin; first < shares.end; first += 32) {
@@ -167,9 +167,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t row = (first + i) / shares.of_row;
       const char* from = View::local<const char>(v.rows) + row * row_bytes;
       char* there = View::local<char>(__shfl_sync(~0u, to, i));
-      for (int part = (first + i) % shares.of_row; part < parts; part += shares.of_row) {
-        copy_row(from, row_bytes, part * kPart, min(row_bytes, (part + 1) * kPart), lane,
-                 [&](auto&& store) { store(there); });
+      for (int nth = (first + i) % shares.of_row; nth < kind.parts; nth += shares.of_row) {
+        Part part;
+        part.load(from, kind, nth);
+        part.store(there, kind, nth);
       }
     }
   }
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
   const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
-  sum_up(prefix, ranks);  // its barriers also where nothing is to be done
+  sum_up(prefix, ranks);  // its barrier also where nothing is to be done
   const Shares shares(failed ? 0 : prefix[ranks], parts);
   const int64_t* peers = View::local<const int64_t>(v.peers);
   const char* rows = View::local<const char>(v.rows);

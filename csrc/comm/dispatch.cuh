@@ -63,29 +63,29 @@ __device__ __forceinline__ void place_tokens(const View& v, int begin, int count
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
 #pragma unroll 1
+  for (int i = lane; i < count * top_k; i += 32) place[i] = -1;
+  __syncwarp();
+#pragma unroll 1
   for (int first = 0; first < count; first += 32) {
     const int t = first + lane;
     int at = t * top_k;
 #pragma unroll 1
     for (int word = 0; word < v.owner_words(); ++word) {
       const uint32_t mask = t < count ? load_4(v.owners_of(word) + begin + t) : 0;
+      const int mine = word * 32 + lane;  // this lane counts what goes to that rank
+      int next = mine < ranks ? sent[mine] : 0;
 #pragma unroll 1
       for (int d = 0; d < min(32, ranks - word * 32); ++d) {
         const uint32_t going = __ballot_sync(~0u, mask >> d & 1);
-        if (!going) continue;
-        const int r = word * 32 + d;
-        const int before = sent[r];
+        const int before = __shfl_sync(~0u, next, d);
         if (mask >> d & 1) {
-          rank[at] = r;
+          rank[at] = word * 32 + d;
           place[at++] = before + population(going & lanes_below(lane));
         }
-        __syncwarp();
-        if (lane == 0) sent[r] = before + population(going);
-        __syncwarp();
+        if (lane == d) next += population(going);
       }
+      if (mine < ranks) sent[mine] = next;
     }
-#pragma unroll 1
-    while (t < count && at < (t + 1) * top_k) place[at++] = -1;
   }
 }
 
@@ -110,6 +110,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     from = make_flag(flag_call(own), load_relaxed_gpu(total + r));
   }
   if (r < ranks) sent[r] = 0;
+  const int64_t* peers = View::local<const int64_t>(v.peers);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int64_t near_peer = lane < ranks ? peers[lane] : 0;
   const bool failed = call_failed(v);
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -118,74 +122,80 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint4 ahead = mine < v.max_tokens ? load_16(v.owners_of(0) + mine) : uint4{};
   const int staged = num_staged(v);
 
-  const int64_t* peers = View::local<const int64_t>(v.peers);
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
   const Chunk chunk = chunk_of(staged, gridDim.x, blockIdx.x);
   const int x_bytes = static_cast<int>(v.x_bytes());
   const int sf_bytes = static_cast<int>(v.sf_bytes());
   const int64_t block = v.rank * v.max_tokens;  // this rank's block of a recv_ region, in tokens
+
+  // A warp takes a part of a token's row or of its scales, or what else goes with it. Where warps would
+  // stand idle the parts are smaller.
+  const int tokens = chunk.end - chunk.begin;
+  const Rows x_rows(x_bytes, tokens * Rows(x_bytes).parts < kWarps);
+  const Rows sf_rows(sf_bytes);
+  const int units = x_rows.parts + sf_rows.parts + 1;  // of a token
 
   count_owners(v, ahead, chunk.begin, sent);
 
 #pragma unroll 1
   for (int first = chunk.begin; first < chunk.end; first += kBatch) {
     const int count = min(kBatch, chunk.end - first);
+    Part part;
+    int id = -1;
+    float weight = 0.f, scale = 0.f;
+    const auto load = [&](int unit) {
+      if (unit >= count * units) return;
+      const int64_t token = first + unit / units;
+      const int nth = unit % units;
+      if (nth < x_rows.parts) {
+        part.load(v.mine<const char>(v.x) + token * x_bytes, x_rows, nth);
+      } else if (nth < units - 1) {
+        part.load(v.mine<const char>(v.x_sf) + token * sf_bytes, sf_rows, nth - x_rows.parts);
+      } else {
+        if (lane < top_k) id = v.mine<const int32_t>(v.topk_idx)[token * top_k + lane];
+        if (lane < top_k && with_weights) {
+          weight = v.mine<const float>(v.topk_weights)[token * top_k + lane];
+        }
+        if (sf_bytes) scale = v.mine<const float>(v.x_scales)[token];
+      }
+    };
+    // Loaded before it is known where it goes. The warp that finds that out comes last.
+    const int turn = kWarps - 1 - warp;
     __syncthreads();
     if (warp == 0) place_tokens(v, first, count, sent, rank, place);
+    load(turn);
     __syncthreads();
 
-    // A warp takes a part of a token's row, or what goes with the row. Where warps would stand idle
-    // the parts are smaller.
-    const int part_bytes = count * ((x_bytes + kPart - 1) / kPart) < kWarps ? kPart / 4 : kPart;
-    const int parts = (x_bytes + part_bytes - 1) / part_bytes;
 #pragma unroll 1
-    for (int unit = warp; unit < count * (parts + 1); unit += kWarps) {
-      const int t = unit / (parts + 1);
-      const int part = unit % (parts + 1);
-      const int64_t token = first + t;
+    for (int unit = turn; unit < count * units; unit += kWarps) {
+      const int t = unit / units;
+      const int nth = unit % units;
       const int there = lane < top_k ? place[t * top_k + lane] : -1;
-      const int64_t peer = there >= 0 ? peers[rank[t * top_k + lane]] : 0;
+      const int to = there >= 0 ? rank[t * top_k + lane] : 0;
+      const int64_t peer = ranks <= 32 ? __shfl_sync(~0u, near_peer, to) : peers[to];
       const int going = population(__ballot_sync(~0u, there >= 0));  // the lanes from 0 on
-
-      const auto to_each = [&](int64_t region, int64_t row_bytes) {
-        return [=](auto&& store) {
-#pragma unroll 1
-          for (int j = 0; j < going; ++j) {
-            const int64_t base = __shfl_sync(~0u, peer, j);
-            const int64_t row = block + __shfl_sync(~0u, there, j);
-            store(View::at<char>(base, region) + row * row_bytes);
-          }
-        };
-      };
-      // Every lane takes part in the shuffles of to_each, also where its own pieces have run out.
-      if (part < parts) {
-        copy_row(v.mine<const char>(v.x) + token * x_bytes, x_bytes, part * part_bytes,
-                 min(x_bytes, (part + 1) * part_bytes), lane, to_each(v.recv_x, x_bytes));
-        continue;
-      }
-      const int32_t* ids = v.mine<const int32_t>(v.topk_idx) + token * top_k;
-      const float* weights = v.mine<const float>(v.topk_weights) + token * top_k;
-      const int id = lane < top_k ? ids[lane] : -1;
-      const float weight = with_weights && lane < top_k ? weights[lane] : 0.f;
-      const float scale = sf_bytes ? v.mine<const float>(v.x_scales)[token] : 0.f;
-      if (sf_bytes) {
-        copy_row(v.mine<const char>(v.x_sf) + token * sf_bytes, sf_bytes, 0, sf_bytes, lane,
-                 to_each(v.recv_x_sf, sf_bytes));
-      }
 #pragma unroll 1
       for (int j = 0; j < going; ++j) {
         const int64_t base = __shfl_sync(~0u, peer, j);
         const int64_t row = block + __shfl_sync(~0u, there, j);
-        if (lane < top_k) {
-          View::at<int32_t>(base, v.recv_topk_idx)[row * top_k + lane] = id;
-          if (with_weights) View::at<float>(base, v.recv_topk_weights)[row * top_k + lane] = weight;
-        }
-        if (lane == 0) {
-          View::at<int32_t>(base, v.recv_token)[row] = static_cast<int32_t>(token);
-          if (sf_bytes) View::at<float>(base, v.recv_x_scales)[row] = scale;
+        if (nth < x_rows.parts) {
+          part.store(View::at<char>(base, v.recv_x) + row * x_bytes, x_rows, nth);
+        } else if (nth < units - 1) {
+          part.store(View::at<char>(base, v.recv_x_sf) + row * sf_bytes, sf_rows,
+                     nth - x_rows.parts);
+        } else {
+          if (lane < top_k) {
+            View::at<int32_t>(base, v.recv_topk_idx)[row * top_k + lane] = id;
+            if (with_weights) {
+              View::at<float>(base, v.recv_topk_weights)[row * top_k + lane] = weight;
+            }
+          }
+          if (lane == 0) {
+            View::at<int32_t>(base, v.recv_token)[row] = first + t;
+            if (sf_bytes) View::at<float>(base, v.recv_x_scales)[row] = scale;
+          }
         }
       }
+      load(unit + kWarps);
     }
   }
 
@@ -241,8 +251,13 @@ __global__ void __launch_bounds__(kThreads, 2) dispatch_count(const __grid_const
   for (int e = threadIdx.x; e < experts; e += kThreads) counts[e] = found[e];
 }
 
+// An expert's rows in all, and in the upper half of a word those before this block's: few enough
+// (binding/comm.cu: kCountHere). In copies, as additions to one word come one after another.
+constexpr int kCopies = 4;
+using Counts = uint32_t[kCopies];
+
 MEGAMOE_HD int64_t expand_shared_bytes(const View& v) {
-  return 4 * (v.world_size + 1 + 2 * v.local_experts() + kBatch * v.top_k);
+  return 4 * ((kCopies + 3) * v.local_experts() + v.world_size + 1 + 2 * kBatch * v.top_k);
 }
 
 // What dispatch_count found: first[e] += rows of expert e in the chunks before this block's,
@@ -265,51 +280,88 @@ __device__ __forceinline__ void add_counts(const View& v, int* first, int* total
   }
 }
 
-// The same from the received entries themselves, of which 0..begin come before this block's; what
-// local_expert says of the `count` after them it leaves in `entry`.
-__device__ __forceinline__ void count_entries(const View& v, const int* prefix, int begin, int count,
-                                              int* first, int* total, int* entry) {
-  constexpr int kInFlight = 4;
-  const int top_k = static_cast<int>(v.top_k);
-  const int max_tokens = static_cast<int>(v.max_tokens);
-  const int first_expert = static_cast<int>(v.rank * v.experts_per_rank);
-  const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx);
-  const int entries = prefix[v.world_size] * top_k;
-  // Of entry i, which is element before + i of `ids`. It only goes up, so it needs no search.
-  int source = 0;
-  int source_end = prefix[1] * top_k;
-  int before = 0;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < entries; i += kInFlight * kThreads) {
-    int e[kInFlight];
+// A warp's share of the received entries: those of every kWarps-th rank or, with fewer ranks, a part of
+// one rank's.
+struct EntryShare {
+  int source;
+  int begin;   // of the source's entries, this lane's first
+  int stride;
+
+  // By shifts: divisions would be worked out late, where all wait for them.
+  __device__ __forceinline__ EntryShare(int warp, int ranks) {
+    static_assert(kWarps == 1 << 4);
+    int warps_log2 = 4;  // of a rank
+    while (warps_log2 > 0 && ranks << warps_log2 > kWarps) --warps_log2;
+    source = warp >> warps_log2;
+    begin = (warp & ((1 << warps_log2) - 1)) * 32 + threadIdx.x % 32;
+    stride = 32 << warps_log2;
+  }
+};
+
+// Experts of up to kInFlight of a lane's entries of one rank.
+struct Entries {
+  static constexpr int kInFlight = 4;
+  int expert[kInFlight];
+
+  // Entry `first` of the source and those every `stride` after it, of `end`; -1 where there is none.
+  __device__ __forceinline__ void load(const View& v, int source, int first, int stride, int end) {
+    const int32_t* ids = v.mine<const int32_t>(v.recv_topk_idx) + source * v.max_tokens * v.top_k;
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const int at = i + j * kThreads;
-      e[j] = -1;
-      if (at >= entries) continue;
-#pragma unroll 1
-      while (at >= source_end) {
-        ++source;
-        before = (source * max_tokens - prefix[source]) * top_k;
-        source_end = prefix[source + 1] * top_k;
-      }
-      e[j] = static_cast<int>(load_4(ids + before + at)) - first_expert;
+      const int at = first + j * stride;
+      expert[j] = at < end ? static_cast<int>(load_4(ids + at)) : -1;
     }
+  }
+};
+
+// The same as add_counts from the received entries themselves, of which 0..begin come before this
+// block's; what local_expert says of the `count` after them it leaves in `entry`. `ahead`: this lane's
+// first. Block-wide; barriers are the caller's.
+__device__ __forceinline__ void count_entries(const View& v, const EntryShare& share, Entries ahead,
+                                              const int* prefix, int begin, int count,
+                                              Counts* counts, int* entry) {
+  const int ranks = static_cast<int>(v.world_size);
+  const int top_k = static_cast<int>(v.top_k);
+  const int first_expert = static_cast<int>(v.rank * v.experts_per_rank);
+#pragma unroll 1
+  for (int source = share.source; source < ranks; source += kWarps) {
+    const int before = prefix[source] * top_k - begin;
+    const int entries = (prefix[source + 1] - prefix[source]) * top_k;
+#pragma unroll 1
+    for (int i = share.begin; i < entries; i += Entries::kInFlight * share.stride) {
+      if (source != share.source || i != share.begin) ahead.load(v, source, i, share.stride, entries);
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int from_begin = i + j * kThreads - begin;
-      const bool here = static_cast<uint32_t>(e[j]) < static_cast<uint32_t>(v.experts_per_rank);
-      if (from_begin >= 0 && from_begin < count) entry[from_begin] = here ? e[j] : -1;
-      if (!here) continue;
-      atomicAdd(total + e[j], 1);
-      if (from_begin < 0) atomicAdd(first + e[j], 1);
+      for (int j = 0; j < Entries::kInFlight; ++j) {
+        const int at = i + j * share.stride;
+        const int from_begin = before + at;
+        const int e = ahead.expert[j] - first_expert;
+        const bool here = static_cast<uint32_t>(e) < static_cast<uint32_t>(v.experts_per_rank);
+        if (at < entries && static_cast<uint32_t>(from_begin) < static_cast<uint32_t>(count)) {
+          entry[from_begin] = here ? e : -1;
+        }
+        if (here) atomicAdd(&counts[e][threadIdx.x % kCopies], from_begin < 0 ? 0x10001u : 1u);
+      }
     }
   }
 }
 
-// Turns counts into rows: first[e] += rows of the experts before e. Block 0 writes expert_offsets
-// and adds to `stats`, int64 or int32 [L] or null. One warp.
-__device__ __forceinline__ void find_first_rows(const View& v, int* first, const int* total,
+// Rows of an expert: in all, and before this block's.
+struct Count {
+  int all;
+  int before;
+};
+
+__device__ __forceinline__ Count count_of(const Counts& counts) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (uint32_t copy : counts) sum += copy;
+  return {static_cast<int>(sum & 0xffffu), static_cast<int>(sum >> 16)};
+}
+
+// Turns counts into rows: next[e], the first of this block's rows of expert e. Block 0 writes
+// expert_offsets and adds to `stats`, int64 or int32 [L] or null. One warp.
+template <typename CountOf>
+__device__ __forceinline__ void find_first_rows(const View& v, CountOf&& count_of, int* next,
                                                 void* stats, int stats_bytes) {
   const int lane = threadIdx.x % 32;
   const int experts = v.local_experts();
@@ -318,18 +370,20 @@ __device__ __forceinline__ void find_first_rows(const View& v, int* first, const
 #pragma unroll 1
   for (int e0 = 0; e0 < experts; e0 += 32) {
     const int e = e0 + lane;
-    const int n = e < experts ? total[e] : 0;
-    int up_to = n;
+    const Count count = e < experts ? count_of(e) : Count{};
+    int up_to = count.all;
+#pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_up_sync(~0u, up_to, d);
       if (lane >= d) up_to += other;
     }
     if (e < experts) {
-      first[e] += sum + up_to - n;
+      const int first = sum + up_to - count.all;
+      next[e] = first + count.before;
       if (blockIdx.x == 0) {
-        offsets[e] = sum + up_to - n;
-        if (stats && stats_bytes == 8) static_cast<int64_t*>(stats)[e] += n;
-        if (stats && stats_bytes == 4) static_cast<int32_t*>(stats)[e] += n;
+        offsets[e] = first;
+        if (stats && stats_bytes == 8) static_cast<int64_t*>(stats)[e] += count.all;
+        if (stats && stats_bytes == 4) static_cast<int32_t*>(stats)[e] += count.all;
       }
     }
     sum += __shfl_sync(~0u, up_to, 31);
@@ -337,20 +391,20 @@ __device__ __forceinline__ void find_first_rows(const View& v, int* first, const
   if (blockIdx.x == 0 && lane == 0) offsets[experts] = sum;
 }
 
-// Turns local experts into rows: entry[i] >= 0 becomes the next row of that expert, in the order of
-// i. One warp.
-__device__ __forceinline__ void place_rows(int* entry, int count, int* next) {
+// Numbers the entries of each expert in the order of i: number[i] are those before entry i, seen[e] all
+// up to now. One warp.
+__device__ __forceinline__ void number_entries(const int* entry, int count, int* seen, int* number) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int first = 0; first < count; first += 32) {
     const int i = first + lane;
     const int e = i < count ? entry[i] : -1;
     const uint32_t same = __match_any_sync(~0u, e);
-    const int row = e >= 0 ? next[e] + population(same & lanes_below(lane)) : -1;
+    const int before = e >= 0 ? seen[e] : 0;
     __syncwarp();
-    if (e >= 0 && (same & lanes_below(lane)) == 0) next[e] += population(same);
+    if (e >= 0 && (same & lanes_below(lane)) == 0) seen[e] = before + population(same);
     __syncwarp();
-    if (i < count) entry[i] = row;
+    if (i < count) number[i] = before + population(same & lanes_below(lane));
   }
 }
 
@@ -376,7 +430,7 @@ __device__ __forceinline__ void exchange_pairs(uint4& piece) {
 // What one warp lays out at a time: pieces of a received token's row, of 8 elements each, a lane's 32
 // apart. Loaded before it is known where they go.
 struct RowPart {
-  static constexpr int kPieces = 4;
+  static constexpr int kPieces = 2;
   static constexpr int kElements = 32 * kPieces * 8;
 
   uint4 piece[kPieces];  // bf16; or in x the codes and in y the scale
@@ -403,10 +457,12 @@ struct RowPart {
   }
 };
 
-// Must have as many blocks as dispatch_count, unless it does the counting itself (`count_here`).
+// Must have as many blocks as dispatch_count, unless it does the counting itself (`count_here`). Then
+// 2^`sharing_log2` blocks have the same tokens and each takes a part of their rows: of few tokens some
+// have many experts here, and a block's own would keep it busy twice as long as the mean.
 __global__ void __launch_bounds__(kThreads, 2)
-    dispatch_expand(const __grid_constant__ View v, int count_here, int by_lane, void* stats,
-                    int stats_bytes) {
+    dispatch_expand(const __grid_constant__ View v, int count_here, int sharing_log2, int by_lane,
+                    void* stats, int stats_bytes) {
   extern __shared__ int shared[];
   const int ranks = static_cast<int>(v.world_size);
   const int top_k = static_cast<int>(v.top_k);
@@ -414,35 +470,52 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int hidden = static_cast<int>(v.hidden_size);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  int* prefix = shared;
-  int* next = prefix + ranks + 1;
+  Counts* counts = reinterpret_cast<Counts*>(shared);
+  int* next = shared + kCopies * experts;
   int* total = next + experts;
-  int* entry = total + experts;
+  int* seen = total + experts;
+  int* prefix = seen + experts;
+  int* entry = prefix + ranks + 1;
+  int* number = entry + kBatch * top_k;
+  const int sharing = 1 << sharing_log2;
+  const int chunks = gridDim.x >> sharing_log2;
+  const int nth = blockIdx.x >> sharing_log2;
+  const int share = blockIdx.x & (sharing - 1);
+  const EntryShare entry_share(warp, ranks);
 
 #pragma unroll 1
-  for (int e = threadIdx.x; e < experts; e += kThreads) next[e] = total[e] = 0;
+  for (int i = threadIdx.x; i < (kCopies + 3) * experts; i += kThreads) shared[i] = 0;
   const uint64_t call = last_call(v) + 1;
   bool ok;
+  Entries entries_ahead;
   if (count_here) {
     ok = wait_for_flags(v, v.dispatch_flags, kDispatch, call, prefix);
+    // On their way while counts are summed up.
+    if (ok && entry_share.source < ranks) {
+      entries_ahead.load(v, entry_share.source, entry_share.begin, entry_share.stride,
+                         prefix[entry_share.source] * top_k);
+    }
+    __syncthreads();
   } else {
     wait_for_previous_kernel();
-    ok = !call_failed(v);
     read_counts(v, v.dispatch_flags, prefix);
+    ok = !call_failed(v);
   }
   if (ok) {
     // Not before all ranks are here: the GEMM would lie in wait on SMs that other streams may want.
     let_next_kernel_start();
     sum_up(prefix, ranks);
-    const Chunk chunk = chunk_of(prefix[ranks], gridDim.x, blockIdx.x);
+    const int tokens = prefix[ranks];
+    const Chunk chunk = nth < chunks ? chunk_of(tokens, chunks, nth) : Chunk{tokens, tokens};
     char* rows = View::local<char>(v.rows);
     const int64_t row_bytes = 2 * static_cast<int64_t>(hidden);
     const int pieces = hidden / 8;
     const int parts = (hidden + RowPart::kElements - 1) / RowPart::kElements;
 
-    int first = chunk.begin;
+    // The warps that find out where rows go come last at laying them out.
+    const int turn = share + (kWarps - 1 - warp) * sharing;
 #pragma unroll 1
-    do {
+    for (int first = chunk.begin;; first += kBatch) {
       const int count = min(kBatch, chunk.end - first);
       const auto load = [&](RowPart& row_part, int unit) {
         if (unit >= count * parts) return;
@@ -451,10 +524,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         row_part.load(v, r.source * v.max_tokens + r.index, unit % parts,
                       by_lane ? piece_by_lane(at) : at, pieces);
       };
-      RowPart ahead = {};
-      load(ahead, warp);
       if (first == chunk.begin && count_here) {
-        count_entries(v, prefix, first * top_k, count * top_k, next, total, entry);
+        count_entries(v, entry_share, entries_ahead, prefix, first * top_k, count * top_k, counts,
+                      entry);
       } else {
         if (first == chunk.begin) add_counts(v, next, total);
 #pragma unroll 1
@@ -463,22 +535,27 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       __syncthreads();
-      if (warp == 0) {
-        if (first == chunk.begin) find_first_rows(v, next, total, stats, stats_bytes);
-        __syncwarp();
-        place_rows(entry, count * top_k, next);
+      if (warp == 0 && first == chunk.begin) {
+        const auto count_of_expert = [&](int e) {
+          return count_here ? count_of(counts[e]) : Count{total[e], next[e]};
+        };
+        find_first_rows(v, count_of_expert, next, stats, stats_bytes);
       }
+      if (warp == 1) number_entries(entry, count * top_k, seen, number);
+      RowPart ahead = {};
+      load(ahead, turn);
       __syncthreads();
 
 #pragma unroll 1
-      for (int unit = warp; unit < count * parts; unit += kWarps) {
+      for (int unit = turn; unit < count * parts; unit += kWarps * sharing) {
         const int t = unit / parts;
         const int part = unit % parts;
         const Received r = received_token(prefix, ranks, first + t);
-        const int row = lane < top_k ? entry[t * top_k + lane] : -1;
+        const int e = lane < top_k ? entry[t * top_k + lane] : -1;
+        const int row = e >= 0 ? next[e] + number[t * top_k + lane] : -1;
         const uint32_t here = __ballot_sync(~0u, row >= 0);
         RowPart now = ahead;
-        load(ahead, unit + kWarps);
+        load(ahead, unit + kWarps * sharing);
 #pragma unroll
         for (uint4& piece : now.piece) {
           if (v.nvfp4) piece = decode_8(piece.x, piece.y);
@@ -502,9 +579,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
+      if (first + kBatch >= chunk.end) break;
       __syncthreads();
-      first += kBatch;
-    } while (first < chunk.end);
+    }
   } else if (blockIdx.x == 0) {
     // The GEMMs that follow find no rows.
 #pragma unroll 1
@@ -513,13 +590,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  // The call is counted by the block that is the last to end: all have read the number by then, and
-  // dispatch_send has ended.
+  // The call is counted once a thread of every block has come here, having read its number, and
+  // dispatch_send has ended. Where there are few tokens this one has no row to lay out.
   if (threadIdx.x != 0) return;
   wait_for_previous_kernel();
-  uint32_t* expanded = View::local<uint32_t>(v.latches) + kExpanded;
-  if (add_acquire_gpu(expanded, 1u) + 1 != gridDim.x) return;
-  *expanded = 0;
+  uint32_t* blocks = View::local<uint32_t>(v.latches) + kReadCall;
+  if (add_acquire_gpu(blocks, 1u) + 1 != gridDim.x) return;
+  *blocks = 0;
   *v.mine<uint64_t>(v.epoch) = call;
 }
 

@@ -48,13 +48,6 @@ __device__ __forceinline__ uint32_t encode_e2m1(float x) {
   return code | (x == x ? __float_as_uint(x) >> 28 & 8u : 0u);
 }
 
-// The same of a finite magnitude, from the bits of its form: less work.
-__device__ __forceinline__ uint32_t encode_magnitude(float m) {
-  const uint32_t bits = __float_as_uint(m);
-  const uint32_t normal = min((bits + 0x1fffffu + (bits >> 22 & 1u)) >> 22, 259u) - 252u;
-  return m < 1.0f ? (m > 0.25f) + (m >= 0.75f) : normal;
-}
-
 // x / y rounded to nearest, as two corrections of the product with 1 / y make it (Markstein), where
 // nothing overflows or underflows; 1 / y is the rounded one.
 __device__ __forceinline__ float divide(float x, float y, float one_over_y) {
@@ -63,25 +56,78 @@ __device__ __forceinline__ float divide(float x, float y, float one_over_y) {
   return __fmaf_rn(__fmaf_rn(-quotient, y, x), one_over_y, quotient);
 }
 
-// Codes of 8 finite values over `step`.
-template <bool kOrdinary>
-__device__ __forceinline__ uint32_t encode_8(uint4 x, float step, float one_over_step) {
+// Of E2M1's codes 1 to 7, the smallest magnitude in bf16 that gets it or one above, once in each half.
+struct Boundaries {
+  uint32_t of[7];
+};
+
+// A magnitude gets a code if its quotient by `step`, rounded, lies above the middle below the code's value,
+// or for every other one at it. The magnitude is near the middle times `step`: the next bf16 above it, unless
+// the one below is so near that rounding decides.
+__device__ __forceinline__ Boundaries boundaries(float step, float one_over_step) {
+  constexpr float kMiddles[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+  Boundaries found;
+  uint32_t least_above = ~0u;  // fp32 steps from the bf16 below
+#pragma unroll
+  for (int i = 0; i < 7; ++i) {
+    const uint32_t bits = __float_as_uint(__fmul_rn(step, kMiddles[i]));
+    least_above = min(least_above, bits & 0xffffu);
+    found.of[i] = (bits >> 16) + 1;
+  }
+  if (least_above <= 2) {
+#pragma unroll
+    for (int i = 0; i < 7; ++i) {
+      const float quotient = divide(from_bf16(found.of[i] - 1), step, one_over_step);
+      found.of[i] -= i % 2 ? quotient >= kMiddles[i] : quotient > kMiddles[i];
+    }
+  }
+#pragma unroll
+  for (uint32_t& both : found.of) both *= 0x10001u;
+  return found;
+}
+
+// `mask`'s bits of a, the others of b.
+__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) {
+  return (a & mask) | (b & ~mask);
+}
+
+// Codes of 8 finite values, two at a time.
+__device__ __forceinline__ uint32_t encode_8(uint4 x, const Boundaries& boundaries) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  uint32_t code[4];  // in the upper four bits of each half
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t at[7];  // the uppermost bit of each half: whether it is at the boundary or above
+#pragma unroll
+    for (int b = 0; b < 7; ++b) at[b] = (words[i] | 0x80008000u) - boundaries.of[b];
+    const uint32_t bit_0 = at[0] ^ at[1] ^ at[2] ^ at[3] ^ at[4] ^ at[5] ^ at[6];
+    const uint32_t bit_1 = (at[1] & ~at[3]) | at[5];
+    code[i] = select(0x80008000u, words[i], at[3] >> 1);
+    code[i] = select(0xc000c000u, code[i], bit_1 >> 2);
+    code[i] = select(0xe000e000u, code[i], bit_0 >> 3);
+  }
+  // The first of each two in the lower half of its byte.
+  const uint32_t first = (code[0] >> 8 & 0xffu) | (code[1] & 0xff00u) |
+                         (code[2] << 8 & 0xff0000u) | (code[3] << 16 & 0xff000000u);
+  const uint32_t second = code[0] >> 24 | (code[1] >> 16 & 0xff00u) | (code[2] >> 8 & 0xff0000u) |
+                          (code[3] & 0xff000000u);
+  return select(0xf0f0f0f0u, second, first >> 4);
+}
+
+// The same, by quotients of any size.
+__device__ __forceinline__ uint32_t encode_8(uint4 x, float step) {
   const uint32_t words[4] = {x.x, x.y, x.z, x.w};
   uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const uint32_t bf16 = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
-    const uint32_t code =
-        kOrdinary ? encode_magnitude(divide(from_bf16(bf16 & 0x7fffu), step, one_over_step)) |
-                        (bf16 >> 12 & 8u)
-                  : encode_e2m1(__fdiv_rn(from_bf16(bf16), step));
-    codes |= code << 4 * i;
+    codes |= encode_e2m1(__fdiv_rn(from_bf16(bf16), step)) << 4 * i;
   }
   return codes;
 }
 
 __device__ __noinline__ uint2 encode_extraordinary(const Block16& x, float step) {
-  return {encode_8<false>(x.halves[0], step, 0.f), encode_8<false>(x.halves[1], step, 0.f)};
+  return {encode_8(x.halves[0], step), encode_8(x.halves[1], step)};
 }
 
 // Quantises a block with global scale g: its scale, and its codes in `codes`.
@@ -95,13 +141,8 @@ __device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, ui
   const float one_over_step = __fdiv_rn(1.0f, step);
   // Far from the ends of fp32's range: but for a global scale that somebody set, always.
   if (step > 0x1p-100f && step < 0x1p100f && quotient < 0x1p20f) {
-    // Not unrolled: with few tokens this code is fetched from memory, and that takes longer.
-    uint4 half = x.halves[0];
-#pragma unroll 1
-    for (int h = 0; h < 2; ++h) {
-      codes = {codes.y, encode_8<true>(half, step, one_over_step)};
-      half = x.halves[1];
-    }
+    const Boundaries of_step = boundaries(step, one_over_step);
+    codes = {encode_8(x.halves[0], of_step), encode_8(x.halves[1], of_step)};
   } else {
     codes = encode_extraordinary(x, step);
   }
@@ -182,9 +223,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (blockIdx.x == 0 && threadIdx.x == 0) *v.mine<int32_t>(v.num_tokens) = n;
 
   for (int64_t t = blockIdx.x; t < n; t += gridDim.x) {
-    // Loaded here, looked at when they have come.
-    const bool has_slot = threadIdx.x < top_k;
-    const int64_t at = t * top_k + threadIdx.x;
+    // Loaded here, looked at when they have come. By the last warp, which has the fewest blocks.
+    const bool routes = threadIdx.x / 32 == kWarps - 1;
+    const int slot = threadIdx.x % 32;
+    const bool has_slot = routes && slot < top_k;
+    const int64_t at = t * top_k + slot;
     const int id = has_slot ? a.topk_idx[at] : -1;
     const float weight = has_slot ? a.topk_weights[at] : 0.f;
     if (v.nvfp4) {
@@ -198,10 +241,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         store_16(to + b * 16, load_16(from + b * 16));
       }
     }
-    if (threadIdx.x >= 32) continue;
+    if (!routes) continue;
     if (has_slot) {
       const bool good = id >= -1 && id < v.num_experts;
-      if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), threadIdx.x, id);
+      if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), slot, id);
       v.mine<int32_t>(v.topk_idx)[at] = good ? id : -1;
       v.mine<float>(v.topk_weights)[at] = weight;
     }
@@ -210,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int word = 0; word < v.owner_words(); ++word) {
       const uint32_t bit = owner >= 0 && owner / 32 == word ? 1u << owner % 32 : 0u;
       const uint32_t mask = __reduce_or_sync(~0u, bit);
-      if (threadIdx.x == 0) v.owners_of(word)[t] = mask;
+      if (slot == 0) v.owners_of(word)[t] = mask;
     }
   }
 }

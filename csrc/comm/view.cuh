@@ -73,7 +73,7 @@ struct View {
 
 // Entries of View::latches.
 enum Latch : int {
-  kExpanded = 0,  // blocks of dispatch_expand that have laid out their rows
+  kReadCall = 0,  // blocks of dispatch_expand that have read the call's number
   kGivenUp = 1,   // set once by the first waiter of this rank whose deadline passed
   kReported = 2,  // set once by the first to copy an abort record to the host
   kBadFound = 3,  // set by the first to find a bad argument; the host clears it, the last one

@@ -8,6 +8,7 @@ vain. What can go wrong between threads that really run at the same time is for 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import threading
@@ -56,7 +57,7 @@ def kernels(tmp_path_factory):
     loaded.flag_before_steps.argtypes = [word]
     loaded.run_stage.argtypes = [*[pointer] * 6, number]
     loaded.run_send.argtypes = [pointer, number]
-    loaded.run_expand.argtypes = [pointer, number, number, pointer, number]
+    loaded.run_expand.argtypes = [pointer, number, number, number, pointer, number]
     loaded.run_send_home.argtypes = [pointer, number]
     loaded.run_sum.argtypes = [pointer, number, pointer, number]
     loaded.run_sum_given_up.argtypes = [pointer, pointer, number, number]
@@ -142,9 +143,11 @@ class HostKernels:
     def send(self, combine: str) -> None:
         self._run("run_send", combine == "fast")
 
-    def expand(self, count_here: bool, stats: torch.Tensor, columns: str = "plain") -> None:
-        by_lane = columns == "by lane"
-        self._run("run_expand", count_here, by_lane, stats.data_ptr(), stats.element_size())
+    def expand(
+        self, count_here: bool, stats: torch.Tensor, columns: str = "plain", sharing_log2: int = 0
+    ) -> None:
+        how = [count_here, sharing_log2, columns == "by lane"]
+        self._run("run_expand", *how, stats.data_ptr(), stats.element_size())
 
     def send_home(self, combine: str) -> None:
         self._run("run_send_home", combine == "exact")
@@ -260,8 +263,10 @@ WORKSPACE = ("rows", "row_scales", "row_slot")
 def test_every_arrow_equals_the_portable_one(kernels) -> None:
     draw = torch.Generator().manual_seed(7)
     routings = 0
-    while routings < ROUTINGS:
-        world_size = 1 + routings % 4
+    # More ranks than a block has warps, and than a warp has lanes; then many times few.
+    for world_size in itertools.chain((17, 33), itertools.cycle((1, 2, 3, 4))):
+        if routings >= ROUTINGS:
+            break
         shape = drawn_shape(draw, world_size)
         static = bool(torch.randint(0, 2, (), generator=draw)) and shape.activation_format != "bf16"
         theirs, ours = ranks_of(shape), ranks_of(shape)
@@ -300,7 +305,8 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
             for r in range(world_size):
                 cuda[r].send(combine)
             for r in range(world_size):
-                cuda[r].expand(bool(call), stats[world_size + r], columns)
+                sharing_log2 = routings // 4 % blocks.bit_length() if call else 0
+                cuda[r].expand(bool(call), stats[world_size + r], columns, sharing_log2)
 
             for r in range(world_size):
                 n, rows = tokens[r][0], int(theirs[r].workspace.expert_offsets[-1])

@@ -48,10 +48,11 @@ void run_send(const View* v, int with_weights) {
   launch(*v, send_shared_bytes(*v), [=] { dispatch_send(*v, with_weights); });
 }
 
-void run_expand(const View* v, int count_here, int by_lane, void* stats, int stats_bytes) {
+void run_expand(const View* v, int count_here, int sharing_log2, int by_lane, void* stats,
+                int stats_bytes) {
   if (!count_here) launch(*v, count_shared_bytes(*v), [=] { dispatch_count(*v); });
   launch(*v, expand_shared_bytes(*v),
-         [=] { dispatch_expand(*v, count_here, by_lane, stats, stats_bytes); });
+         [=] { dispatch_expand(*v, count_here, sharing_log2, by_lane, stats, stats_bytes); });
 }
 
 void run_send_home(const View* v, int exact) {
