@@ -17,7 +17,7 @@ from megamoe_ep.errors import (
     check_timeout,
 )
 from megamoe_ep.heap import Heap, open_heap
-from megamoe_ep.kernels import allocate_scratch, open_kernel_state
+from megamoe_ep.kernels import allocate_scratch, exchange_kernels, open_kernel_state
 from megamoe_ep.shape import ActivationFormat, LayerShape
 
 if TYPE_CHECKING:
@@ -179,14 +179,20 @@ class SymmBuffer:
         ).symmetric_nbytes
 
     def _check_agreement(self) -> None:
-        mine = {**asdict(self.shape), "device type": self.device.type, "timeout_s": self.timeout_s}
+        mine = {
+            **asdict(self.shape),
+            "device type": self.device.type,
+            "timeout_s": self.timeout_s,
+            "kernels for the exchange": exchange_kernels(self.device),
+        }
         everyone = self.group.all_gather_object(mine, timeout_s=self.timeout_s)
         for name in mine:
             values = [other[name] for other in everyone]
             if any(value != values[0] for value in values):
                 raise LayerMismatchError(
                     f"every rank must create the buffer with the same {name}; got "
-                    f"{dict(enumerate(values))} by rank. Give all ranks the same arguments."
+                    f"{dict(enumerate(values))} by rank. Give all ranks the same arguments; where "
+                    f"csrc's kernels do not run, megamoe-ep doctor says why."
                 )
 
     def _allocate_workspace(self) -> Workspace:

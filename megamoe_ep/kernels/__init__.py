@@ -63,6 +63,11 @@ def gemm_kernels(layout: WeightLayout) -> ModuleType:
     return _module(_GEMM_MODULES[layout])
 
 
+def exchange_kernels(device: torch.device) -> Literal["portable", "csrc"]:
+    """Which ones ``comm_kernels`` gives; "portable" also where it raises."""
+    return "csrc" if device.type == "cuda" and weight_layout(device) != "portable" else "portable"
+
+
 def comm_kernels(device: torch.device) -> ModuleType:
     """The module whose ``stage``, ``dispatch`` and ``combine`` serve tensors on ``device``."""
     return _module("portable" if weight_layout(device) == "portable" else "cuda_comm")

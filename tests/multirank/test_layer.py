@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from megamoe_ep import MegaMoE, get_symm_buffer_for_nvfp4_mega_moe
+from megamoe_ep import MegaMoE, get_symm_buffer_for_nvfp4_mega_moe, symm_buffer
 from megamoe_ep.bootstrap import Group
 from megamoe_ep.cli.demo import inputs_of
 from megamoe_ep.errors import ArgumentError, BufferDestroyedError, LayerMismatchError
@@ -64,6 +64,16 @@ def test_another_size_on_one_rank(ranks, name, value):
         get_symm_buffer_for_nvfp4_mega_moe(ranks, **given, device="cpu")
     message = f"every rank must create the buffer with the same {name}; got {by_rank} by rank."
     assert str(caught.value).startswith(message)
+
+
+def test_other_kernels_on_one_rank(ranks, monkeypatch):
+    last = ranks.world_size - 1
+    by_rank = {r: "csrc" if r == last else "portable" for r in range(ranks.world_size)}
+    monkeypatch.setattr(symm_buffer, "exchange_kernels", lambda device: by_rank[ranks.rank])
+    with pytest.raises(
+        LayerMismatchError, match=r"the same kernels .*'csrc'\} by rank\. .* doctor"
+    ):
+        get_symm_buffer_for_nvfp4_mega_moe(ranks, **sizes(ranks), device="cpu")
 
 
 def test_the_ranks_can_go_on_after_a_disagreement(ranks):
