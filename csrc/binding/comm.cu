@@ -21,9 +21,6 @@ using tvm::ffi::String;
 // one more kernel.
 constexpr int64_t kCountHere = 4096;
 static_assert(kCountHere < 1 << 16);  // Counts
-// Then so many of its blocks, a power of 2, have the same tokens that these are about as many.
-constexpr int64_t kTokensShared = 8;
-constexpr int kMostSharingLog2 = 3;
 
 // Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends, and
 // with more blocks where it has more tokens than those.
@@ -102,11 +99,7 @@ void comm_dispatch(int64_t view, bool with_weights, bool by_lane, int64_t stats,
   const Launcher launcher(v, stream);
   const int64_t received = v.world_size * v.max_tokens;
   const bool count_here = received * v.top_k <= kCountHere;
-  int sharing_log2 = 0;
-  while (count_here && sharing_log2 < kMostSharingLog2 &&
-         received << sharing_log2 < kTokensShared * launcher.blocks(received)) {
-    ++sharing_log2;
-  }
+  const int sharing_log2 = count_here ? sharing_log2_of(received, launcher.blocks(received)) : 0;
   launcher.run("dispatch_send", dispatch_send, v.max_tokens, send_shared_bytes(v), v,
                static_cast<int>(with_weights));
   if (!count_here) {

@@ -38,6 +38,14 @@ MEGAMOE_HD Chunk chunk_of(int n, int parts, int i) {
   return {begin, begin + each + (i < longer)};
 }
 
+// How many of `blocks` blocks share the same tokens where few are received: a power of 2, at most 8, so
+// that these tokens are about 8. There are blocks for all.
+MEGAMOE_HD int sharing_log2_of(int64_t received, int64_t blocks) {
+  int log2 = 0;
+  while (log2 < 3 && received << log2 < 8 * blocks && 2 << log2 <= blocks) ++log2;
+  return log2;
+}
+
 // Rank r owns experts r * per_rank .. (r + 1) * per_rank - 1; every other id means "no expert".
 class Experts {
  public:

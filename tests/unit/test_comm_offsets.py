@@ -232,6 +232,16 @@ def test_owner_of_an_expert(kernels) -> None:
             check(num_experts, per_rank, first + per_rank - 1)
 
 
+def test_few_tokens_are_shared_by_blocks_that_exist(kernels) -> None:
+    for blocks in range(1, 300):
+        for received in (1, 2, 7, 8, 16, 128, 256, 4096):
+            sharing = 1 << kernels.sharing_log2(received, blocks)
+            assert sharing <= min(blocks, 8)
+            assert received * sharing < 16 * blocks or sharing == 1
+    assert 1 << kernels.sharing_log2(256, 264) == 8
+    assert kernels.sharing_log2(4096, 264) == 0
+
+
 def test_a_flag_is_raised_by_all_blocks_or_not_at_all(kernels) -> None:
     draw = torch.Generator().manual_seed(2)
     step, most = kernels.flag_step(), MAX_TOKENS

@@ -29,6 +29,8 @@ int owner(int num_experts, int per_rank, int expert) {
   return Experts(num_experts, per_rank).owner(expert);
 }
 
+int sharing_log2(int received, int blocks) { return sharing_log2_of(received, blocks); }
+
 uint64_t flag_step() { return kStep; }
 uint64_t flag_last_step(uint64_t from, uint64_t to, int blocks) {
   return last_step(from, to, blocks);
