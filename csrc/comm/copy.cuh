@@ -8,9 +8,8 @@
 
 namespace megamoe::comm {
 
-// Rows of one kind, and the parts that warps copy them in. Rows start at
-// multiples of their length from an address that is a multiple of 256, so the length says how wide a
-// piece may be: 16, 4 or 1 byte.
+// Rows of one kind, and the parts that warps copy them in. Rows start at multiples of their length from
+// an address that is a multiple of 256, so the length says how wide a piece may be: 16, 4 or 1 byte.
 struct Rows {
   static constexpr int kMostPieces = 4;
 
