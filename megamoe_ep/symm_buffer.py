@@ -93,7 +93,8 @@ class SymmBuffer:
             creation: {"dispatch": [..W..], "combine": [..W..]}.
 
     Raises:
-        LayerMismatchError: the ranks gave different sizes; raised on every rank.
+        LayerMismatchError: the ranks gave different sizes, or some have csrc's kernels for the
+            exchange and others have not; raised on every rank.
         HeapError, HeapTooSmallError: symmetric memory cannot be had on some rank.
     """
 
