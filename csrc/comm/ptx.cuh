@@ -93,6 +93,13 @@ __device__ __forceinline__ uint32_t load_relaxed_gpu(const void* p) {
   return v;
 }
 
+// Of each half the larger magnitude, as bf16, with some sign; NaN if one is.
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 __device__ __forceinline__ uint64_t globaltimer_ns() {
   uint64_t t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");

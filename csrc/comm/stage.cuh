@@ -15,6 +15,12 @@ constexpr uint32_t kInfinityBf16 = 0x7f80;  // bits of a magnitude; what is at o
 constexpr uint32_t kNanUe4m3 = 0x7f;
 constexpr uint32_t kNanFp32 = 0x7fc00000;
 
+// One product of 32 bits, where those of a row's bytes in 64 take four.
+template <typename Bytes>
+__device__ __forceinline__ Bytes* row_at(Bytes* rows, int row, int row_bytes) {
+  return rows + static_cast<int64_t>(row) * row_bytes;
+}
+
 struct Block16 {
   uint4 halves[2];  // 16 consecutive bf16
 };
@@ -25,17 +31,11 @@ __device__ __forceinline__ Block16 load_block(const char* row, int block) {
 
 // Bits of the largest magnitude: ordered as the values are, NaN above infinity.
 __device__ __forceinline__ uint32_t largest_magnitude(const Block16& x) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t words[4] = {x.halves[h].x, x.halves[h].y, x.halves[h].z, x.halves[h].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      largest = max(largest, words[i] & 0x7fffu);
-      largest = max(largest, words[i] >> 16 & 0x7fffu);
-    }
-  }
-  return largest;
+  const auto of_half = [](uint4 half) {
+    return larger_magnitudes(larger_magnitudes(half.x, half.y), larger_magnitudes(half.z, half.w));
+  };
+  const uint32_t both = larger_magnitudes(of_half(x.halves[0]), of_half(x.halves[1]));
+  return max(both & 0x7fffu, both >> 16 & 0x7fffu);
 }
 
 __device__ __forceinline__ float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
@@ -130,10 +130,10 @@ __device__ __noinline__ uint2 encode_extraordinary(const Block16& x, float step)
   return {encode_8(x.halves[0], step), encode_8(x.halves[1], step)};
 }
 
-// Quantises a block with global scale g: its scale, and its codes in `codes`.
-__device__ __forceinline__ uint32_t quantise_block(const Block16& x, float g, uint2& codes) {
+// Quantises a block with this largest magnitude, by global scale g: its scale, and its codes in `codes`.
+__device__ __forceinline__ uint32_t quantise_block(const Block16& x, uint32_t largest, float g,
+                                                   uint2& codes) {
   codes = {0, 0};
-  const uint32_t largest = largest_magnitude(x);
   const float quotient = __fdiv_rn(from_bf16(largest), __fmul_rn(6.0f, g));
   if (largest >= kInfinityBf16 || quotient != quotient) return kNanUe4m3;
   __nv_fp8_e4m3 scale(fminf(fmaxf(quotient, 0x1p-9f), 448.0f));
@@ -158,39 +158,45 @@ struct StageArguments {
   int32_t rows;
 };
 
-MEGAMOE_HD int64_t stage_shared_bytes() { return 4 * 32; }
+MEGAMOE_HD int64_t stage_shared_bytes() { return 4 * 2 * kWarps; }
 
-// Quantises row t, of which this thread holds its first block. Block-wide.
-__device__ __forceinline__ void quantise_token(const View& v, const StageArguments& a, int64_t t,
-                                               const Block16& first, uint32_t* largest_of_warp) {
+// Quantises row t, of which this thread holds its first block. Block-wide, with one barrier, so that
+// calls in turn need a largest_of_warp each.
+__device__ __forceinline__ void quantise_token(const View& v, const StageArguments& a, int t,
+                                               Block16 block, uint32_t* largest_of_warp) {
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
   const int blocks = static_cast<int>(v.hidden_size / 16);
-  const char* from = a.x + t * 2 * v.hidden_size;
-  uint32_t largest = largest_magnitude(first);
+  const char* from = row_at(a.x, t, 32 * blocks);
+  uint32_t largest_of_block = largest_magnitude(block);
+  uint32_t largest = largest_of_block;
+#pragma unroll 1
   for (int b = threadIdx.x + kThreads; b < blocks; b += kThreads) {
     largest = max(largest, largest_magnitude(load_block(from, b)));
   }
   largest = __reduce_max_sync(~0u, largest);
-  if (lane == 0) largest_of_warp[warp] = largest;
+  if (lane == 0) largest_of_warp[threadIdx.x / 32] = largest;
   __syncthreads();
-  largest = __reduce_max_sync(~0u, lane < kWarps ? largest_of_warp[lane] : 0u);
-  __syncthreads();
+  largest = __reduce_max_sync(~0u, largest_of_warp[lane % kWarps]);
 
   float g = __uint_as_float(kNanFp32);
   if (largest < kInfinityBf16) {
     g = a.global_scale ? *a.global_scale
                        : fmaxf(__fdiv_rn(from_bf16(largest), 2688.0f), 0x1p-117f);
   }
-  char* codes_to = v.mine<char>(v.x) + t * v.x_bytes();
-  char* scales_to = v.mine<char>(v.x_sf) + t * v.sf_bytes();
+  char* codes_to = row_at(v.mine<char>(v.x), t, 8 * blocks);
+  char* scales_to = row_at(v.mine<char>(v.x_sf), t, blocks);
   if (threadIdx.x == 0) v.mine<float>(v.x_scales)[t] = g;
-  for (int b = threadIdx.x; b < blocks; b += kThreads) {
-    const Block16 block = b == threadIdx.x ? first : load_block(from, b);
+#pragma unroll 1
+  for (int b = threadIdx.x; b < blocks;) {
     uint2 codes;
-    const uint32_t scale = quantise_block(block, g, codes);
+    const uint32_t scale = quantise_block(block, largest_of_block, g, codes);
     store_8(codes_to + b * 8, codes);
     store_1(scales_to + b, scale);
+    b += kThreads;
+    if (b < blocks) {
+      block = load_block(from, b);
+      largest_of_block = largest_magnitude(block);
+    }
   }
 }
 
@@ -198,20 +204,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     stage_tokens(const __grid_constant__ View v, const __grid_constant__ StageArguments a) {
   extern __shared__ int shared[];
   const int top_k = static_cast<int>(v.top_k);
-  const int64_t row_bytes = 2 * v.hidden_size;
   const int blocks = static_cast<int>(v.hidden_size / 16);
+  const int row_bytes = 32 * blocks;
 
   // A thread keeps its first block of a token, which is all of x up to a hidden size of 8192. That
   // of the next token is on its way meanwhile.
-  const auto first_block = [&](int64_t t) {
+  const auto first_block = [&](int t) {
     return v.nvfp4 && threadIdx.x < blocks && t < a.rows
-               ? load_block(a.x + t * row_bytes, threadIdx.x)
+               ? load_block(row_at(a.x, t, row_bytes), threadIdx.x)
                : Block16{};
   };
 
   wait_for_previous_kernel();
   let_next_kernel_start();
-  Block16 next = first_block(blockIdx.x);
+  Block16 next = first_block(static_cast<int>(blockIdx.x));
   int n = a.rows;
   if (a.num_tokens) {
     const int given = *a.num_tokens;
@@ -222,21 +228,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) *v.mine<int32_t>(v.num_tokens) = n;
 
-  for (int64_t t = blockIdx.x; t < n; t += gridDim.x) {
+  const int stride = static_cast<int>(gridDim.x);
+  for (int t = static_cast<int>(blockIdx.x), turn = 0; t < n; t += stride, turn ^= 1) {
     // Loaded here, looked at when they have come. By the last warp, which has the fewest blocks.
     const bool routes = threadIdx.x / 32 == kWarps - 1;
     const int slot = threadIdx.x % 32;
     const bool has_slot = routes && slot < top_k;
-    const int64_t at = t * top_k + slot;
+    const int64_t at = static_cast<int64_t>(t) * top_k + slot;
     const int id = has_slot ? a.topk_idx[at] : -1;
     const float weight = has_slot ? a.topk_weights[at] : 0.f;
     if (v.nvfp4) {
       const Block16 first = next;
-      next = first_block(t + gridDim.x);
-      quantise_token(v, a, t, first, reinterpret_cast<uint32_t*>(shared));
+      next = first_block(t + stride);
+      quantise_token(v, a, t, first, reinterpret_cast<uint32_t*>(shared) + turn * kWarps);
     } else {
-      const char* from = a.x + t * row_bytes;
-      char* to = v.mine<char>(v.x) + t * row_bytes;
+      const char* from = row_at(a.x, t, row_bytes);
+      char* to = row_at(v.mine<char>(v.x), t, row_bytes);
       for (int b = threadIdx.x; b < 2 * blocks; b += kThreads) {
         store_16(to + b * 16, load_16(from + b * 16));
       }
@@ -244,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!routes) continue;
     if (has_slot) {
       const bool good = id >= -1 && id < v.num_experts;
-      if (!good) report_bad_input(v, kBadExpert, static_cast<int>(t), slot, id);
+      if (!good) report_bad_input(v, kBadExpert, t, slot, id);
       v.mine<int32_t>(v.topk_idx)[at] = good ? id : -1;
       v.mine<float>(v.topk_weights)[at] = weight;
     }

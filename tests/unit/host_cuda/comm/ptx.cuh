@@ -37,6 +37,14 @@ inline void add_release_sys(uint64_t* p, uint64_t v) { *p += v; }
 inline void fence_sys() {}
 inline uint32_t add_acquire_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 
+inline uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t x, uint32_t y) {
+    const uint32_t larger = std::max(x & 0x7fffu, y & 0x7fffu);
+    return larger > 0x7f80 ? 0x7fffu : larger;  // the one NaN that instructions give
+  };
+  return half(a, b) | half(a >> 16, b >> 16) << 16;
+}
+
 // A clock that runs by being looked at: deadlines pass.
 inline uint64_t host_clock_ns = 0;
 inline uint64_t globaltimer_ns() { return host_clock_ns += 1000; }
