@@ -23,7 +23,7 @@ constexpr int64_t kCountHere = 4096;
 static_assert(kCountHere < 1 << 16);  // Counts
 
 // Launches on one stream of one GPU, each kernel allowed to begin while the one before it ends, and
-// with more blocks where it has more tokens than those.
+// with more blocks where more have something to do.
 class Launcher {
  public:
   Launcher(const View& v, int64_t stream)
@@ -33,7 +33,7 @@ class Launcher {
         stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
   template <typename... Parameters, typename... Arguments>
-  void run(const char* name, void (*kernel)(Parameters...), int64_t tokens, int64_t shared_bytes,
+  void run(const char* name, void (*kernel)(Parameters...), int64_t busy_blocks, int64_t shared_bytes,
            Arguments... arguments) const {
     const void* function = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
@@ -46,7 +46,7 @@ class Launcher {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks(tokens)));
+    config.gridDim = dim3(static_cast<unsigned>(blocks(busy_blocks)));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
@@ -55,8 +55,8 @@ class Launcher {
     check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
   }
 
-  int64_t blocks(int64_t tokens) const {
-    return tokens > view_.blocks ? view_.most_blocks : view_.blocks;
+  int64_t blocks(int64_t busy) const {
+    return busy > view_.blocks ? view_.most_blocks : view_.blocks;
   }
 
  private:
@@ -115,13 +115,20 @@ void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t s
   const Launcher launcher(v, stream);
   const int64_t shared_bytes = combine_shared_bytes(v);
   const int rows = static_cast<int>(y_rows);
+  const int row_bytes = static_cast<int>(v.home_bytes());
+  const int parts = parts_of_sum(row_bytes);
+  const int64_t sum_blocks = blocks_for(rows, parts);
   if (exact) {
-    launcher.run("combine_send_rows", combine_send_rows, v.max_tokens, shared_bytes, v);
-    launcher.run("combine_sum", combine_sum<true>, rows, shared_bytes, v, View::local<char>(y), rows);
+    // As many rows as even routing brings.
+    launcher.run("combine_send_rows", combine_send_rows,
+                 blocks_for(v.max_tokens * v.top_k, Rows(row_bytes).parts), shared_bytes, v);
+    launcher.run("combine_sum", combine_sum<true>, sum_blocks, shared_bytes, v,
+                 View::local<char>(y), rows);
   } else {
-    launcher.run("combine_send_sums", combine_send_sums, v.max_tokens, shared_bytes, v);
-    launcher.run("combine_sum", combine_sum<false>, rows, shared_bytes, v, View::local<char>(y),
-                 rows);
+    launcher.run("combine_send_sums", combine_send_sums,
+                 blocks_for(v.world_size * v.max_tokens, parts), shared_bytes, v);
+    launcher.run("combine_sum", combine_sum<false>, sum_blocks, shared_bytes, v,
+                 View::local<char>(y), rows);
   }
 }
 

@@ -19,6 +19,18 @@ namespace megamoe::comm {
 
 MEGAMOE_HD int64_t combine_shared_bytes(const View& v) { return 4 * (v.world_size + 1); }
 
+// Rows are added up in parts: so many pieces of 8 elements a lane.
+constexpr int kSumPieces = 2;
+MEGAMOE_HD int parts_of_sum(int row_bytes) {
+  constexpr int kPartBytes = 32 * kSumPieces * 16;
+  return (row_bytes + kPartBytes - 1) / kPartBytes;
+}
+
+// Blocks of which each warp has a part of these rows.
+MEGAMOE_HD int64_t blocks_for(int64_t rows, int parts) {
+  return (rows * parts + kWarps - 1) / kWarps;
+}
+
 // One lane's share of a row: kPieces pieces of 8 elements, 256 elements apart.
 template <int kPieces>
 struct Sum {
@@ -179,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 __global__ void __launch_bounds__(kThreads, 2)
     combine_send_sums(const __grid_constant__ View v) {
-  constexpr int kPieces = 2, kRows = 3;
+  constexpr int kRows = 3;
   extern __shared__ int shared[];
   int* prefix = shared;
   const uint64_t step = combine_step(v, kFastMode);
@@ -191,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int top_k = static_cast<int>(v.top_k);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
-  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const int parts = parts_of_sum(row_bytes);
   sum_up(prefix, ranks);  // its barrier also where nothing is to be done
   const Shares shares(failed ? 0 : prefix[ranks], parts);
   const int64_t* peers = View::local<const int64_t>(v.peers);
@@ -241,27 +253,26 @@ __global__ void __launch_bounds__(kThreads, 2)
     next_row = row_of(next);
     const uint32_t slots = __ballot_sync(~0u, row >= 0);
     for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
-      const int first = part * 32 * kPieces + lane;
-      add_rows<true, kPieces, kRows>(slots, rows, row, token.weight, first, pieces)
+      const int first = part * 32 * kSumPieces + lane;
+      add_rows<true, kSumPieces, kRows>(slots, rows, row, token.weight, first, pieces)
           .store(token.to, first, pieces);
     }
   }
   raise_combine_flags(v, step);
 }
 
-// NaN where this block would put sums, kPieces of them a share: other blocks may see the call succeed.
-template <int kPieces>
+// NaN where this block would put sums: other blocks may see the call succeed.
 __device__ __forceinline__ void fill_with_nan(char* y, const Shares& shares, int row_bytes) {
   constexpr uint32_t kNans = 0x7fc07fc0;
   const int lane = threadIdx.x % 32;
   const int pieces = row_bytes / 16;
-  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const int parts = parts_of_sum(row_bytes);
   for (int share = shares.begin; share < shares.end; ++share) {
     char* row = y + static_cast<int64_t>(share / shares.of_row) * row_bytes;
     for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
 #pragma unroll 1
-      for (int i = 0; i < kPieces; ++i) {
-        const int piece = (part * kPieces + i) * 32 + lane;
+      for (int i = 0; i < kSumPieces; ++i) {
+        const int piece = (part * kSumPieces + i) * 32 + lane;
         if (piece < pieces) store_16(row + piece * 16, {kNans, kNans, kNans, kNans});
       }
     }
@@ -271,14 +282,14 @@ __device__ __forceinline__ void fill_with_nan(char* y, const Shares& shares, int
 template <bool kExact>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_sum(const __grid_constant__ View v, char* y, int y_rows) {
-  constexpr int kPieces = 2, kRows = 3;
+  constexpr int kRows = 3;
   extern __shared__ int shared[];
   int* mode = shared;
   const int lane = threadIdx.x % 32;
   const int top_k = static_cast<int>(v.top_k);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const int pieces = row_bytes / 16;
-  const int parts = (pieces + 32 * kPieces - 1) / (32 * kPieces);
+  const int parts = parts_of_sum(row_bytes);
   const Shares shares(min(num_staged(v), y_rows), parts);
   const char* home_rows = v.mine<const char>(v.home_rows);
 
@@ -315,15 +326,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     ok = __syncthreads_and(ok);
   }
-  if (!ok) fill_with_nan<kPieces>(y, shares, row_bytes);  // no part of y may pass for a result
+  if (!ok) fill_with_nan(y, shares, row_bytes);  // no part of y may pass for a result
   for (int share = ok ? shares.begin : shares.end; share < shares.end; ++share) {
     const Token token = next;
     next = look_up(share + 1);
     const int64_t t = share / shares.of_row;
     const int row = static_cast<int>(home_row(t, top_k, lane));
     for (int part = share % shares.of_row; part < parts; part += shares.of_row) {
-      const int first = part * 32 * kPieces + lane;
-      add_rows<kExact, kPieces, kRows>(token.rows, home_rows, row, token.weight, first, pieces)
+      const int first = part * 32 * kSumPieces + lane;
+      add_rows<kExact, kSumPieces, kRows>(token.rows, home_rows, row, token.weight, first, pieces)
           .store(y + t * row_bytes, first, pieces);
     }
   }
