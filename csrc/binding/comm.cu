@@ -115,13 +115,10 @@ void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t s
   const Launcher launcher(v, stream);
   const int64_t shared_bytes = combine_shared_bytes(v);
   const int rows = static_cast<int>(y_rows);
-  const int row_bytes = static_cast<int>(v.home_bytes());
-  const int parts = parts_of_sum(row_bytes);
+  const int parts = parts_of_sum(static_cast<int>(v.home_bytes()));
   const int64_t sum_blocks = blocks_for(rows, parts);
   if (exact) {
-    // As many rows as even routing brings.
-    launcher.run("combine_send_rows", combine_send_rows,
-                 blocks_for(v.max_tokens * v.top_k, Rows(row_bytes).parts), shared_bytes, v);
+    launcher.run("combine_send_rows", combine_send_rows, v.max_tokens, shared_bytes, v);
     launcher.run("combine_sum", combine_sum<true>, sum_blocks, shared_bytes, v,
                  View::local<char>(y), rows);
   } else {
