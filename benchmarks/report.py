@@ -314,11 +314,11 @@ class Checked:
 
 
 def checked(data: Data) -> list[Checked]:
-    """Every measured point of a GPU whose kernels' tiles are known, up to two ranks."""
+    """Every measured point of a GPU whose kernels' tiles are known."""
     found = []
     for row in data.scaling:
         kernels = next((k for name, k in KERNELS.items() if name in row["machine"]["device"]), None)
-        if kernels is None or row["ranks"] > 2 or row["machine"]["kernels"] == "portable":
+        if kernels is None or row["machine"]["kernels"] == "portable":
             continue
         case = Case(row["shape"], row["mode"], row["tokens"], row["combine"], row["skew"])
         shape = case.shape(row["ranks"])
