@@ -388,6 +388,22 @@ def test_stage_rounds_as_the_portable_one(kernels, scale: float) -> None:
         assert_same(getattr(ours.local, name), getattr(theirs.local, name), name)
 
 
+def test_stage_of_rows_that_threads_do_not_keep(kernels) -> None:
+    """More blocks of 16 than twice the threads; the largest magnitude is in one of any round."""
+    shape = LayerShape(1, 7, 1, 16 * 1030, 16, 1)
+    ours, theirs = ranks_of(shape)[0], ranks_of(shape)[0]
+    x = torch.randn(7, shape.hidden_size, generator=torch.Generator().manual_seed(4)).bfloat16()
+    for token, (column, value) in enumerate(
+        [(3, 40), (16 * 700, -40), (-1, 40), (16 * 600, torch.nan), (-2, -torch.inf), (2, 0)]
+    ):
+        x[token, column] = value
+    ids, weights = torch.zeros(7, 1, dtype=torch.int32), torch.ones(7, 1)
+    HostKernels(kernels, ours).stage(x, ids, weights, 7)
+    portable.stage(x, ids, weights, theirs, 7)
+    for name in ("x_sf", "x_scales", "x"):
+        assert_same(getattr(ours.local, name), getattr(theirs.local, name), name)
+
+
 def shape_of(world_size: int) -> LayerShape:
     return LayerShape(2 * world_size, 4, 3, 32, 16, world_size)
 
