@@ -26,7 +26,7 @@ class GemmTiles:
     Attributes:
         weight_rows: rows of weights in a tile.
         max_tokens: the most rows of tokens in a tile; an expert's rows are cut into as few tiles as
-            that allows, all of one width.
+            that allows, of one width or of two neighbouring ones.
         token_step: a width is a multiple of this. Tiles of one width only have ``max_tokens`` here.
         blocks: how many tiles the GPU works on at a time, with as much of it each.
         least_width: what tiles of fewer tokens take as long as, in the tensor cores.
@@ -50,17 +50,18 @@ class GemmTiles:
     alike: int = 0
     parts: int = 1
 
-    def of_expert(self, rows: float) -> tuple[int, int]:
-        """How many token tiles an expert with so many rows has, and their width."""
+    def of_expert(self, rows: float) -> tuple[int, int, float]:
+        """How many token tiles an expert with so many rows has, the widest's width and the mean."""
         if rows == 0:
-            return 0, 0
+            return 0, 0, 0.0
         tiles = math.ceil(rows / self.max_tokens)
         if self.token_step == self.max_tokens:
-            return tiles, self.max_tokens
-        return tiles, math.ceil(rows / tiles / self.token_step) * self.token_step
+            return tiles, self.max_tokens, self.max_tokens
+        steps = math.ceil(rows / self.token_step)
+        return tiles, math.ceil(steps / tiles) * self.token_step, steps / tiles * self.token_step
 
     def in_order(self, experts: list[tuple[int, float, int]]) -> list[float]:
-        """Seconds of all tiles in their order, of experts' width, seconds of one and number."""
+        """Seconds of all tiles in order, of experts' (largest width, seconds of a tile, tiles)."""
         if not self.run:
             return [seconds for _, seconds, count in experts for _ in range(count)]
         most = math.ceil(sum(count for _, _, count in experts) / self.blocks)
@@ -205,7 +206,7 @@ def _tile_seconds(
     weight_tiles = math.ceil(matrix.n / tiles.weight_rows)
     experts = []
     for rows in expert_rows:
-        token_tiles, width = tiles.of_expert(rows)
+        token_tiles, widest, width = tiles.of_expert(rows)
         if not token_tiles:
             continue
         count = token_tiles * weight_tiles
@@ -214,7 +215,7 @@ def _tile_seconds(
         multiplied = flops / ceilings.flop_per_s * tiles.blocks
         issued = tiles.instructions * matrix.k / 64 / ceilings.clock_hz
         read = nbytes / ceilings.copy_bytes_per_s * tiles.blocks
-        experts.append((width, max(read, multiplied + issued), count))
+        experts.append((widest, max(read, multiplied + issued), count))
     return torch.tensor(tiles.in_order(experts), dtype=torch.float64)
 
 

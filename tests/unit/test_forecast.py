@@ -119,7 +119,8 @@ def test_tiles_are_those_of_the_kernels():
     assert few.weight_rows == int(constants["kSlabRows"]) == 128
     assert few.token_step == many.token_step == int(constants["kTokenStep"])
     assert [many.of_expert(rows) for rows in (0, 1, 8, 9, 16, 17, 176, 177, 353)] == [
-        (0, 0), (1, 8), (1, 8), (1, 16), (1, 16), (1, 24), (1, 176), (2, 96), (3, 120),
+        (0, 0, 0), (1, 8, 8), (1, 8, 8), (1, 16, 16), (1, 16, 16), (1, 24, 24), (1, 176, 176),
+        (2, 96, 92), (3, 120, 120),
     ]  # fmt: skip
 
     source = (ROOT / "csrc/gemm/sm100/grouped_gemm.cuh").read_text()
@@ -127,12 +128,12 @@ def test_tiles_are_those_of_the_kernels():
     narrow, wide = KERNELS["B200"].few, KERNELS["B200"].many
     assert cut == [(str(t.weight_rows), str(t.max_tokens)) for t in (narrow, wide)]
     assert [narrow.of_expert(rows) for rows in (0, 1, 64, 65)] == [
-        (0, 0),
-        (1, 64),
-        (1, 64),
-        (2, 64),
+        (0, 0, 0),
+        (1, 64, 64),
+        (1, 64, 64),
+        (2, 64, 64),
     ]
-    assert wide.of_expert(257) == (2, 256)
+    assert wide.of_expert(257) == (2, 256, 256)
 
 
 def test_a_share_is_of_neighbours_and_a_round_of_one_tile_a_block():

@@ -197,12 +197,25 @@ def test_every_row_meets_every_slab_once(schedule, few):
 
 @pytest.mark.parametrize("few", [True, False])
 def test_widths_waste_little(schedule, few):
-    widest = schedule.max_tokens(few)
+    most = schedule.max_tokens(few)
+    tiles = KERNELS["H200"].few if few else KERNELS["H200"].many
     for rows in range(1, 2000):
         _, parts = parts_of(schedule, few, torch.tensor([rows]), 1, 1)
-        width = int(parts[0, 5])
-        assert len(parts) == -(-rows // widest)
-        assert 0 <= len(parts) * width - rows < 8 * len(parts)
+        width = parts[:, 5]
+        assert len(parts) == -(-rows // most)
+        assert 0 <= int(width.sum()) - rows < 8
+        assert int(width.max()) - int(width.min()) in (0, 8)
+        assert tiles.of_expert(rows) == (len(parts), int(width.max()), float(width.double().mean()))
+
+
+def test_no_block_has_wide_tiles_alone(schedule):
+    """Also where a block has the same token tile of all slabs, 12 of one expert on 132 SMs."""
+    for rows in range(11 * 176 + 8, 12 * 176, 8):  # of two widths
+        _, parts = parts_of(schedule, False, torch.full((32,), rows), 32, 132)
+        block, width = parts[:, 0], parts[:, 5].double()
+        count = torch.bincount(block, minlength=132)
+        mean = torch.bincount(block, weights=width, minlength=132) / count
+        assert float((mean - width.mean()).abs().max()) < 2
 
 
 def test_tiles_for_few_rows_are_full_to_the_last(schedule):
@@ -257,6 +270,6 @@ def test_the_forecast_takes_slabs_in_the_scheduler_s_order(schedule, few):
             order = expert[~again][(tile * tiles.blocks + block)[~again].argsort()]
         experts = []
         for number, rows in enumerate(counts.tolist()):
-            token_tiles, width = tiles.of_expert(rows)
-            experts.append((width, float(number), token_tiles * slabs * 128 // tiles.weight_rows))
+            token_tiles, widest, _ = tiles.of_expert(rows)
+            experts.append((widest, float(number), token_tiles * slabs * 128 // tiles.weight_rows))
         assert tiles.in_order(experts) == order.tolist()

@@ -1,8 +1,8 @@
 // Which rows and which weights a block multiplies, from row counts that only the device knows.
 //
-// An expert's rows are cut into as few token tiles as there can be, all of one width; its weights into
-// slabs of 128 rows. A tile is as many slabs as a block has consumer warpgroups, or fewer, with their
-// tokens.
+// An expert's rows are cut into as few token tiles as there can be, of one width or of two that are
+// neighbours; its weights into slabs of 128 rows. A tile is as many slabs as a block has consumer
+// warpgroups, or fewer, with their tokens.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ MEGAMOE_HD int token_tiles(int rows) {
   return ceil_div(rows, Cut::kMaxTokens);
 }
 
-// Width of an expert's token tiles: a multiple of kTokenStep.
+// Width of an expert's widest token tile: a multiple of kTokenStep.
 template <typename Cut>
 MEGAMOE_HD int tile_width(int rows) {
   if (rows <= Cut::kMaxTokens) return ceil_div(rows, kTokenStep) * kTokenStep;  // no division
@@ -194,8 +194,18 @@ class Walk {
 
   MEGAMOE_HD Part part(int expert, int token_tile, int slab, int slabs) const {
     const int begin = plan_.offsets[expert], end = plan_.offsets[expert + 1];
-    const int width = tile_width<Cut>(end - begin);
-    const int row = begin + token_tile * width;
+    const int steps = ceil_div(end - begin, kTokenStep);
+    if (end - begin <= Cut::kMaxTokens) return {expert, begin, end, steps * kTokenStep, slab, slabs};
+    const int tiles = token_tiles<Cut>(end - begin);
+    const int least = divide(steps, tiles), wide = steps - least * tiles;  // tiles of a step more
+    // The wide ones go round from slabs to slabs, or some blocks might have nothing else.
+    const int turn = Cut::kShares ? 0 : divide(slab, Cut::kSlabs) % tiles;
+    const auto wide_before = [&](int n) {
+      return n < tiles ? min_of(n, wide) : wide + min_of(n - tiles, wide);
+    };
+    const int before = wide_before(turn + token_tile);
+    const int row = begin + (token_tile * least + before - wide_before(turn)) * kTokenStep;
+    const int width = (least + wide_before(turn + token_tile + 1) - before) * kTokenStep;
     return {expert, row, min_of(row + width, end), width, slab, slabs};
   }
 
