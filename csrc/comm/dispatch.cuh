@@ -567,7 +567,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           char* to = rows + __shfl_sync(~0u, row, __ffs(left) - 1) * row_bytes;
 #pragma unroll
           for (int i = 0; i < RowPart::kPieces; ++i) {
-            if (at + 32 * i < pieces) store_16(to + (at + 32 * i) * 16, now.piece[i]);
+            if (at + 32 * i >= pieces) continue;
+            // Few rows are to be in L2 when L1 begins; many would not be, and only be in the way.
+            if (count_here) {
+              store_16(to + (at + 32 * i) * 16, now.piece[i]);
+            } else {
+              store_16_passing(to + (at + 32 * i) * 16, now.piece[i]);
+            }
           }
         }
         if (part == 0 && lane < top_k) {

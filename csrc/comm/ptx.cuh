@@ -36,6 +36,13 @@ __device__ __forceinline__ void store_16(void* p, uint4 v) {
                : "memory");
 }
 
+// The first to leave L2 again.
+__device__ __forceinline__ void store_16_passing(void* p, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_8(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }

@@ -24,6 +24,7 @@ inline uint4 load_16(const void* p) { return load_any<uint4>(p); }
 inline uint32_t load_4(const void* p) { return load_any<uint32_t>(p); }
 inline uint32_t load_1(const void* p) { return load_any<uint8_t>(p); }
 inline void store_16(void* p, uint4 v) { store_any(p, v); }
+inline void store_16_passing(void* p, uint4 v) { store_any(p, v); }
 inline void store_8(void* p, uint2 v) { store_any(p, v); }
 inline void store_4(void* p, uint32_t v) { store_any(p, v); }
 inline void store_1(void* p, uint32_t v) { store_any(p, static_cast<uint8_t>(v)); }
