@@ -253,6 +253,7 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
   const int block = of_first ? warp - kOfSecond : warp;
   const int all_slabs = p.n / kSlabRows;
   const int of_slab = p.k / kStageK * kSlabStageBytes;
+  bool waits = !p.outputs.gated;
   int turn = 0;
   while (walk.valid()) {
     const Tile tile = walk.tile();
@@ -272,7 +273,6 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
     const uint8_t* from = p.weights + static_cast<int64_t>(slab) * of_slab;
     const Part part = of_first ? first : second;
     const bool brings_tokens = part.slabs > 0;
-    if (!p.outputs.gated && brings_tokens) wait_for_previous_kernel();  // L1 may be at work on them
     const CUtensorMap* map = &maps.of_width[part.width / kTokenStep - 1];
     const int to_tokens = tokens_at<Cut>(tile, !of_first) + block * token_block_bytes(part.width);
 #pragma unroll 1
@@ -285,6 +285,8 @@ __device__ __forceinline__ void produce(const Problem& p, const TokenMaps<Cut>& 
         from += kSlabStageBytes;
       }
       if (brings_tokens) {
+        if (waits) wait_for_previous_kernel();  // L1 may be at work on them
+        waits = false;
         copy_box(ring.stage() + to_tokens, map, column, part.first_row, full, kEvictLast);
       }
       ring.advance();
