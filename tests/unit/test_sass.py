@@ -100,7 +100,7 @@ def test_main_loops_of_hopper_gemms_do_not_spill(kernels, cuobjdump):
             assert not {"LDL", "STL"} & set(loop)
             assert len(loop) <= most[cut], "the main loop has grown"
             checked[cut] += 1
-    assert checked == {"Few": 6, "Many": 24}, "each tile width"
+    assert checked == {"Few": 6, "Many": 22}, "each tile width"
 
 
 def test_blackwell_gemms_multiply_nvfp4_with_its_scales(kernels):

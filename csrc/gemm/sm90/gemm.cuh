@@ -42,8 +42,8 @@ struct Block<Few> {
 
 template <>
 struct Block<Many> {
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr int kGroup = 2;
 };
 

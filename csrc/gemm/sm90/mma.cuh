@@ -41,8 +41,6 @@ MEGAMOE_ATOM(152)
 MEGAMOE_ATOM(160)
 MEGAMOE_ATOM(168)
 MEGAMOE_ATOM(176)
-MEGAMOE_ATOM(184)
-MEGAMOE_ATOM(192)
 #undef MEGAMOE_ATOM
 
 // Adds weights x tokens, these by their descriptor in shared memory. The accumulators of wider tiles than

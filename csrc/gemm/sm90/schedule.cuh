@@ -34,7 +34,7 @@ struct Cut {
   static constexpr bool kShares = shares;
 };
 using Few = Cut<4, 48, true>;
-using Many = Cut<2, 192, false>;
+using Many = Cut<2, 176, false>;
 
 template <typename Cut>
 MEGAMOE_HD int token_tiles(int rows) {

@@ -18,13 +18,13 @@ namespace sm90 = megamoe::sm90;
 template <int N>
 using Traits = cute::MMA_Traits<typename sm90::Atom<N>::Type>;
 using ALayout = typename Traits<8>::ALayout;
-using CLayout = typename Traits<192>::CLayout;
+using CLayout = typename Traits<176>::CLayout;
 
 template <int... i>
 constexpr bool same_a_layout(std::integer_sequence<int, i...>) {
   return (std::is_same_v<ALayout, typename Traits<8 * (i + 1)>::ALayout> && ...);
 }
-static_assert(same_a_layout(std::make_integer_sequence<int, 192 / 8>()));
+static_assert(same_a_layout(std::make_integer_sequence<int, 176 / 8>()));
 
 uint32_t word_at(const uint8_t* bytes) {
   uint32_t word;
@@ -80,9 +80,9 @@ extern "C" void decode_weights(const uint8_t* packed, int slabs, int stages, flo
   }
 }
 
-// Of the tile of 192 tokens, row + 64 * token of accumulator v of a thread: int32 [128, 96].
+// Of the tile of 176 tokens, row + 64 * token of accumulator v of a thread: int32 [128, 88].
 extern "C" void accumulator_places(int32_t* places) {
   for (int thread = 0; thread < 128; ++thread) {
-    for (int v = 0; v < 96; ++v) places[96 * thread + v] = CLayout{}(thread, v);
+    for (int v = 0; v < 88; ++v) places[88 * thread + v] = CLayout{}(thread, v);
   }
 }
