@@ -13,10 +13,10 @@ void run(const Problem& p, const uint16_t* rows, int64_t all_rows, int blocks) {
   int height = 0;
   for (CUtensorMap& map : maps.of_width) map = {rows, all_rows, p.k, height += kTokenStep};
   // A block that never does could end, and let what follows begin, before the kernel ahead has.
-  const auto expect_wait = [] { expect(waits > 0, "did not wait for the kernel ahead"); };
+  const auto expect_wait = [] { expect(waited.any(), "did not wait for the kernel ahead"); };
   host_cuda::before_block = [&](int block) {
     if (block > 0) expect_wait();
-    waits = 0;
+    waited.reset();
   };
   host_cuda::launch(blocks, kThreads<Cut>, reinterpret_cast<int*>(shared_memory),
                     kSharedBytes, kSharedBytes,

@@ -5,6 +5,7 @@
 #include <map>
 #include <random>
 
+#include "dependent_launch.cuh"
 #include "host_cuda.h"
 
 struct CUtensorMap {  // of bf16 [rows, columns]
@@ -159,6 +160,7 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
 
 inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier,
                      uint64_t) {
+  expect(waited[threadIdx.x], "tokens that the kernel ahead may be at work on");
   expect(to % 1024 == 0, "a box whose swizzle does not begin where it should");
   expect(column + 64 <= map->columns, "columns outside of the tokens");
   std::vector<uint8_t> bytes(128 * map->box_rows);
