@@ -110,7 +110,8 @@ void comm_dispatch(int64_t view, bool with_weights, bool by_lane, int64_t stats,
                View::local<void>(stats), static_cast<int>(stats_bytes));
 }
 
-void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t stream) {
+void comm_combine(int64_t view, bool exact, bool rows_are_home, int64_t y, int64_t y_rows,
+                  int64_t stream) {
   const View& v = view_at(view);
   const Launcher launcher(v, stream);
   const int64_t shared_bytes = combine_shared_bytes(v);
@@ -118,14 +119,16 @@ void comm_combine(int64_t view, bool exact, int64_t y, int64_t y_rows, int64_t s
   const int parts = parts_of_sum(static_cast<int>(v.home_bytes()));
   const int64_t sum_blocks = blocks_for(rows, parts);
   if (exact) {
-    launcher.run("combine_send_rows", combine_send_rows, v.max_tokens, shared_bytes, v);
+    if (!rows_are_home) {
+      launcher.run("combine_send_rows", combine_send_rows, v.max_tokens, shared_bytes, v);
+    }
     launcher.run("combine_sum", combine_sum<true>, sum_blocks, shared_bytes, v,
-                 View::local<char>(y), rows);
+                 View::local<char>(y), rows, static_cast<int>(rows_are_home));
   } else {
     launcher.run("combine_send_sums", combine_send_sums,
                  blocks_for(v.world_size * v.max_tokens, parts), shared_bytes, v);
     launcher.run("combine_sum", combine_sum<false>, sum_blocks, shared_bytes, v,
-                 View::local<char>(y), rows);
+                 View::local<char>(y), rows, 0);
   }
 }
 

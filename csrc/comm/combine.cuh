@@ -1,6 +1,6 @@
 // Combine: the experts' rows go back to their tokens' ranks, which add them up.
 //
-//   combine_send_rows  "exact": every row goes home as it is
+//   combine_send_rows  "exact": every row goes home as it is, unless L2 has stored it there itself
 //   combine_send_sums  "fast": a rank adds its own rows of a token, weighted, and sends one
 //   combine_sum        waits for all ranks' flags, adds up what came home
 //
@@ -131,13 +131,13 @@ __device__ __forceinline__ uint32_t distinct_owners(int owner, int lane) {
 // What a combine flag carries beside the call: a rank in the other mode is told apart by it.
 enum Mode : int { kExactMode = 0, kFastMode = 1 };  // megamoe_ep/kernels/portable.py: _MODES
 
-// What this block adds to its rank's combine flags, the same at every rank. Not to be asked for after
-// the block has added it. The call is that of the dispatch flags: its last kernel may still be at work.
-__device__ __forceinline__ uint64_t combine_step(const View& v, Mode mode) {
-  if (blockIdx.x + 1 != gridDim.x) return kStep;
+// What one of so many blocks adds to its rank's combine flags, the same at every rank. Not to be asked for
+// after it has added it. The call is that of the dispatch flags: its last kernel may still be at work.
+__device__ __forceinline__ uint64_t combine_step(const View& v, Mode mode, int block, int blocks) {
+  if (block + 1 != blocks) return kStep;
   const uint64_t own = load_relaxed_sys(v.mine<uint64_t>(v.combine_flags) + v.rank);
   const uint64_t dispatched = load_relaxed_sys(v.mine<uint64_t>(v.dispatch_flags) + v.rank);
-  return last_step(before_steps(own), make_flag(flag_call(dispatched), mode), gridDim.x);
+  return last_step(before_steps(own), make_flag(flag_call(dispatched), mode), blocks);
 }
 
 // Once the block has stored its rows.
@@ -149,7 +149,7 @@ __device__ __forceinline__ void raise_combine_flags(const View& v, uint64_t step
 
 __global__ void __launch_bounds__(kThreads, 2)
     combine_send_rows(const __grid_constant__ View v) {
-  const uint64_t step = combine_step(v, kExactMode);
+  const uint64_t step = combine_step(v, kExactMode, blockIdx.x, gridDim.x);
   const bool failed = call_failed(v);
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -169,11 +169,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int mine = first + lane;
     int64_t to = 0;
     if (mine < shares.end) {
-      const Slot s = slot_at(View::local<const int32_t>(v.row_slot)[mine / shares.of_row],
-                             max_tokens, top_k);
-      const int64_t token = static_cast<int>(
-          load_4(v.mine<const int32_t>(v.recv_token) + s.source * v.max_tokens + s.index));
-      to = peers[s.source] + v.home_rows + home_row(token, top_k, s.slot) * row_bytes;
+      const Home home = home_of(View::local<const int32_t>(v.row_slot)[mine / shares.of_row],
+                                max_tokens * top_k);
+      to = peers[home.rank] + v.home_rows + static_cast<int64_t>(home.row) * row_bytes;
     }
     for (int i = 0; i < min(32, shares.end - first); ++i) {
       const int64_t row = (first + i) / shares.of_row;
@@ -194,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kRows = 3;
   extern __shared__ int shared[];
   int* prefix = shared;
-  const uint64_t step = combine_step(v, kFastMode);
+  const uint64_t step = combine_step(v, kFastMode, blockIdx.x, gridDim.x);
   read_counts(v, v.dispatch_flags, prefix);
   const bool failed = call_failed(v);
 
@@ -279,9 +277,10 @@ __device__ __forceinline__ void fill_with_nan(char* y, const Shares& shares, int
   }
 }
 
+// `raises`: the kernel ahead has stored the rows at their homes, and nobody has told of them yet.
 template <bool kExact>
 __global__ void __launch_bounds__(kThreads, 2)
-    combine_sum(const __grid_constant__ View v, char* y, int y_rows) {
+    combine_sum(const __grid_constant__ View v, char* y, int y_rows, int raises) {
   constexpr int kRows = 3;
   extern __shared__ int shared[];
   int* mode = shared;
@@ -316,6 +315,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   Token next = look_up(shares.begin);
+  if (raises && blockIdx.x == 0) {
+    const uint64_t step = combine_step(v, kExact ? kExactMode : kFastMode, 0, 1);
+    const bool failed = call_failed(v);
+    wait_for_previous_kernel();
+    if (!failed) raise_combine_flags(v, step);
+  }
   bool ok = wait_for_flags(v, v.combine_flags, kCombine, last_call(v), mode);
   let_next_kernel_start();
   if (ok) {

@@ -435,6 +435,7 @@ struct RowPart {
 
   uint4 piece[kPieces];  // bf16; or in x the codes and in y the scale
   uint32_t token_scale;  // with the first part
+  int token;             // likewise: its number at its rank
 
   __device__ __forceinline__ void load(const View& v, int64_t token, int part, int first,
                                        int pieces) {
@@ -453,7 +454,9 @@ struct RowPart {
         if (first + 32 * i < pieces) piece[i] = load_16(x + first * 16 + 512 * i);
       }
     }
-    if (v.nvfp4 && part == 0) token_scale = load_4(v.mine<const float>(v.recv_x_scales) + token);
+    if (part > 0) return;
+    if (v.nvfp4) token_scale = load_4(v.mine<const float>(v.recv_x_scales) + token);
+    this->token = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + token));
   }
 };
 
@@ -577,9 +580,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
         if (part == 0 && lane < top_k) {
-          const int64_t slot = slot_index(r.source, r.index, lane, v.max_tokens, top_k);
-          View::local<int32_t>(v.slot_row)[slot] = row;
+          const int64_t place = slot_index(r.source, r.index, lane, v.max_tokens, top_k);
+          View::local<int32_t>(v.slot_row)[place] = row;
           if (row >= 0) {
+            const int64_t slot = slot_index(r.source, now.token, lane, v.max_tokens, top_k);
             View::local<int32_t>(v.row_slot)[row] = static_cast<int32_t>(slot);
             if (v.nvfp4) View::local<uint32_t>(v.row_scales)[row] = now.token_scale;
           }

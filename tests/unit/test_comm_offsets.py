@@ -59,7 +59,7 @@ def kernels(tmp_path_factory):
     loaded.run_send.argtypes = [pointer, number]
     loaded.run_expand.argtypes = [pointer, number, number, number, pointer, number]
     loaded.run_send_home.argtypes = [pointer, number]
-    loaded.run_sum.argtypes = [pointer, number, pointer, number]
+    loaded.run_sum.argtypes = [pointer, number, number, pointer, number]
     loaded.run_sum_given_up.argtypes = [pointer, pointer, number, number]
     loaded.run_flag_rounds.argtypes = [pointer, pointer, number, number, number]
     return loaded
@@ -152,8 +152,8 @@ class HostKernels:
     def send_home(self, combine: str) -> None:
         self._run("run_send_home", combine == "exact")
 
-    def sum(self, y: torch.Tensor, combine: str) -> None:
-        self._run("run_sum", combine == "exact", y.data_ptr(), y.shape[0])
+    def sum(self, y: torch.Tensor, combine: str, *, raises: bool = False) -> None:
+        self._run("run_sum", combine == "exact", raises, y.data_ptr(), y.shape[0])
 
     def _run(self, name: str, *arguments) -> None:
         getattr(self.kernels, name)(self.view.buffer_info()[0], *arguments)

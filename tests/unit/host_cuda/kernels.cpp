@@ -61,9 +61,9 @@ void run_send_home(const View* v, int exact) {
   launch(*v, combine_shared_bytes(*v), [=] { exact ? combine_send_rows(*v) : combine_send_sums(*v); });
 }
 
-void run_sum(const View* v, int exact, char* y, int y_rows) {
+void run_sum(const View* v, int exact, int raises, char* y, int y_rows) {
   launch(*v, combine_shared_bytes(*v), [=] {
-    exact ? combine_sum<true>(*v, y, y_rows) : combine_sum<false>(*v, y, y_rows);
+    exact ? combine_sum<true>(*v, y, y_rows, raises) : combine_sum<false>(*v, y, y_rows, raises);
   });
 }
 
@@ -73,7 +73,7 @@ void run_sum_given_up(const View* v, char* y, int y_rows, int block) {
     const uint64_t record[kAbortWords] = {1, kCombine, 1, 0, 2, 0, 0, 0};
     if (b == block) memcpy(abort_record(*v, v->memory, 0), record, sizeof(record));
   };
-  run_sum(v, 1, y, y_rows);
+  run_sum(v, 1, 0, y, y_rows);
   host_cuda::before_block = [](int) {};
 }
 
