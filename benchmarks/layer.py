@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamoe_ep.kernels import weight_layout
+from megamoe_ep.kernels import homes_of, weight_layout
 from megamoe_ep.measure import (
     MODELS,
     Case,
@@ -86,8 +86,10 @@ def measure(
         total_us, phases_us = phase_times_us(meter, calls_of, graphs=True)
         kernels_us = kernel_times_us(lambda: [call() for call in calls_of.values()])
         buffer.check()
+        layout = "portable" if weights is None else weights.l2.layout
+        stores_home = homes_of(buffer, layout, case.combine) is not None
     load = Load.of(shape, group.all_gather_object(tokens.topk_idx.cpu()))
-    row = result_row(case, shape, load, ceilings, total_us, phases_us)
+    row = result_row(case, shape, load, ceilings, total_us, phases_us, stores_home=stores_home)
     if weights is None:  # of a layer without its GEMMs these mean nothing
         row |= dict.fromkeys(("ours_us", "over_floor", "tflops"))
 

@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 
 from megamoe_ep.kernels import cuda, cuda_sm100
-from megamoe_ep.roofline import PHASES, Ceilings, Load, Step, step_floor, steps, weight_nbytes
+from megamoe_ep.roofline import (
+    PHASES,
+    Ceilings,
+    Load,
+    Step,
+    step_floor,
+    steps,
+    weight_nbytes,
+    wire_seconds,
+)
 from megamoe_ep.shape import LayerShape
 
 
@@ -106,12 +115,14 @@ class GemmKernels:
         is_few: which of the two a layer gets.
         fused: rows come and go as bf16, and L1 ends with SwiGLU. Else passes of their own pack the
             rows into NVFP4 before each GEMM, and apply SwiGLU to the fp32 that L1 leaves.
+        stores_home: as for ``roofline.steps``.
     """
 
     few: GemmTiles
     many: GemmTiles
     is_few: Callable[[LayerShape], bool]
     fused: bool
+    stores_home: bool = False
 
     def tiles(self, shape: LayerShape) -> GemmTiles:
         return self.few if self.is_few(shape) else self.many
@@ -124,6 +135,7 @@ _SM90 = GemmKernels(
     GemmTiles(256, 176, 8, 132, 26, 277, parts=2),
     lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
     fused=True,
+    stores_home=True,
 )
 
 KERNELS = {
@@ -148,7 +160,7 @@ def forecast(
     weights = weight_nbytes(shape)
     tiles = kernels.tiles(shape)
     packed = 9 / 16  # bytes of an element in NVFP4
-    for step in steps(shape, load, combine):
+    for step in steps(shape, load, combine, stores_home=kernels.stores_home):
         passes, row_nbytes = 0, 2.0 * (h + i)
         if step.kernel == "l1":
             if not kernels.fused:
@@ -160,6 +172,7 @@ def forecast(
                 passes, row_nbytes = 1, packed * i + 2 * h
                 seconds["l2"] += _pass(load, (2 + packed) * i, ceilings)
             work = _gemm(load, Matrix(h, i, weights / 3, row_nbytes), ceilings, tiles)
+            work = max(work, wire_seconds(step.put, ceilings))
         else:
             work = step_floor(step, ceilings)
         launches = (1 + passes) * ceilings.launch_s

@@ -27,7 +27,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from megamoe_ep import nvfp4
 from megamoe_ep.bootstrap import Group, detect_launcher
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import comm_kernels, gemm_kernels, weight_layout
+from megamoe_ep.kernels import comm_kernels, gemm_kernels, homes_of, weight_layout
 from megamoe_ep.roofline import PHASES, Ceilings, Load, layer_floor, phase_floors, steps, wire_bytes
 from megamoe_ep.shape import LayerShape
 from megamoe_ep.symm_buffer import SymmBuffer
@@ -284,7 +284,7 @@ def layer_steps(
     """The phases of one call, to be called in their order; no GEMMs without ``weights``."""
     comm, work = comm_kernels(buffer.device), buffer.workspace
     gemm = gemm_kernels("portable" if weights is None else weights.l1.layout)
-    n = len(tokens.x)
+    n, homes = len(tokens.x), None
     found: dict[str, Call] = {
         "stage": lambda: comm.stage(tokens.x, tokens.topk_idx, tokens.topk_weights, buffer, n),
         "dispatch": lambda: comm.dispatch(buffer, combine=combine, columns=gemm.COLUMNS),
@@ -300,10 +300,12 @@ def layer_steps(
             clamp=None,
             out=work.h,
         )
+        homes = homes_of(buffer, weights.l2.layout, combine)
         found["l2"] = lambda: gemm.l2(
-            work.h, work.expert_offsets, weights.l2, weights.l2_alpha, out=work.rows
+            work.h, work.expert_offsets, weights.l2, weights.l2_alpha, out=work.rows, homes=homes
         )
-    found["combine"] = lambda: comm.combine(y, buffer, combine=combine)
+    sent = homes is not None
+    found["combine"] = lambda: comm.combine(y, buffer, combine=combine, rows_are_home=sent)
     return found
 
 
@@ -416,8 +418,9 @@ def measure_case(
             run = lambda: [call() for call in calls_of.values()]  # noqa: E731
             ours_us = meter.median_us(meter.capture(run) if graphs else run, calls)
         buffer.check()
+        stores_home = homes_of(buffer, weights.l2.layout, case.combine) is not None
     load = Load.of(shape, group.all_gather_object(tokens.topk_idx.cpu()))
-    return result_row(case, shape, load, ceilings, ours_us, phases), y
+    return result_row(case, shape, load, ceilings, ours_us, phases, stores_home=stores_home), y
 
 
 def result_row(
@@ -427,10 +430,12 @@ def result_row(
     ceilings: Ceilings,
     ours_us: float,
     phases_us: dict[str, float],
+    *,
+    stores_home: bool = False,
 ) -> dict[str, Any]:
-    """What is written of one point."""
+    """What is written of one point; ``stores_home`` as for ``roofline.steps``."""
     floor = layer_floor(shape, load, ceilings)
-    floors = phase_floors(shape, load, case.combine, ceilings)
+    floors = phase_floors(shape, load, case.combine, ceilings, stores_home=stores_home)
     put = {"dispatch": torch.zeros_like(load.sent), "combine": torch.zeros_like(load.sent)}
     for step in steps(shape, load, case.combine):
         if step.phase in put:

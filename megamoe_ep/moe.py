@@ -10,7 +10,7 @@ import torch
 from megamoe_ep import compiled
 from megamoe_ep import weights as weight_files
 from megamoe_ep.errors import ArgumentError, LayerMismatchError
-from megamoe_ep.kernels import comm_kernels, gemm_kernels
+from megamoe_ep.kernels import comm_kernels, gemm_kernels, homes_of
 from megamoe_ep.symm_buffer import SymmBuffer, get_symm_buffer_for_nvfp4_mega_moe
 from megamoe_ep.timing import PhaseTimer, phase
 from megamoe_ep.weights import (
@@ -148,6 +148,7 @@ def nvfp4_mega_moe(
         gemm_kernels(l1_weights.layout),
         buffer.workspace,
     )
+    homes = homes_of(buffer, l2_weights.layout, combine)
     with phase("dispatch", buffer.device, timer):
         comm.dispatch(buffer, combine=combine, recv_stats=stats, columns=gemm.COLUMNS)
     with phase("l1", buffer.device, timer):
@@ -162,9 +163,9 @@ def nvfp4_mega_moe(
             out=work.h,
         )
     with phase("l2", buffer.device, timer):
-        gemm.l2(work.h, work.expert_offsets, l2_weights, l2_alpha, out=work.rows)
+        gemm.l2(work.h, work.expert_offsets, l2_weights, l2_alpha, out=work.rows, homes=homes)
     with phase("combine", buffer.device, timer):
-        comm.combine(y, buffer, combine=combine)
+        comm.combine(y, buffer, combine=combine, rows_are_home=homes is not None)
 
 
 def _check_layer(

@@ -113,11 +113,12 @@ def token_nbytes(shape: LayerShape, combine: str) -> int:
     return sum(shape.regions[name].nbytes // slots for name in (*names, "recv_token"))
 
 
-def steps(shape: LayerShape, load: Load, combine: str) -> list[Step]:
+def steps(shape: LayerShape, load: Load, combine: str, *, stores_home: bool = False) -> list[Step]:
     """The kernels of a call, in their order, named as in csrc.
 
     Args:
         combine: "exact" or "fast".
+        stores_home: L2 stores the rows of "exact" at their homes, and nothing sends them.
     """
     if combine not in ("exact", "fast"):
         raise ArgumentError(f"combine must be 'exact' or 'fast'; got {combine!r}.")
@@ -150,8 +151,9 @@ def steps(shape: LayerShape, load: Load, combine: str) -> list[Step]:
     counted_apart = shape.world_size * shape.max_num_tokens * k > _COUNT_IN_EXPAND
     if counted_apart:
         found.append(step("dispatch", "dispatch_count", received * 4 * k, waits=True))
-    return [
-        *found,
+    sent = home.t() * row + FLAG_NBYTES
+    stores_home = stores_home and combine == "exact"
+    found += [
         # A row comes with its scale, its slot, and the slot's row.
         step(
             "dispatch", "dispatch_expand", received * token + rows * (row + 12),
@@ -163,15 +165,18 @@ def steps(shape: LayerShape, load: Load, combine: str) -> list[Step]:
             flops=4 * rows * h * i,
         ),
         step(
-            "l2", "l2", load.experts_hit * (weight_nbytes(shape) / 3) + rows * (h_row + row),
-            flops=2 * rows * h * i,
+            "l2", "l2",
+            load.experts_hit * (weight_nbytes(shape) / 3) + rows * h_row
+            + (home.sum(1) if stores_home else rows) * row,
+            flops=2 * rows * h * i, put=sent if stores_home else no_put,
         ),
-        step(
-            "combine", "combine_send", (rows + home.sum(1)) * row,
-            put=home.t() * row + FLAG_NBYTES,
-        ),
-        step("combine", "combine_sum", (home.sum(1) + load.tokens) * row, waits=True),
     ]  # fmt: skip
+    if not stores_home:
+        found.append(step("combine", "combine_send", (rows + home.sum(1)) * row, put=sent))
+    found.append(
+        step("combine", "combine_sum", (home.sum(1) + load.tokens) * row, waits=True),
+    )
+    return found
 
 
 def bytes_put(shape: LayerShape, load: Load, combine: str) -> dict[str, list[list[int]]]:
@@ -304,11 +309,11 @@ def step_floor(step: Step, ceilings: Ceilings) -> float:
 
 
 def phase_floors(
-    shape: LayerShape, load: Load, combine: str, ceilings: Ceilings
+    shape: LayerShape, load: Load, combine: str, ceilings: Ceilings, *, stores_home: bool = False
 ) -> dict[str, float]:
     """Least time of each phase, seconds: the sum over its kernels."""
     floors = dict.fromkeys(PHASES, 0.0)
-    for step in steps(shape, load, combine):
+    for step in steps(shape, load, combine, stores_home=stores_home):
         floors[step.phase] += step_floor(step, ceilings)
     return floors
 

@@ -10,7 +10,7 @@ import importlib
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -71,6 +71,36 @@ def exchange_kernels(device: torch.device) -> Literal["portable", "csrc"]:
 def comm_kernels(device: torch.device) -> ModuleType:
     """The module whose ``stage``, ``dispatch`` and ``combine`` serve tensors on ``device``."""
     return _module("portable" if weight_layout(device) == "portable" else "cuda_comm")
+
+
+class Homes(NamedTuple):
+    """Where rows of bf16 [R, H] go: to their tokens' ranks, into ``home_rows`` of each.
+
+    Attributes:
+        slots: int32 [R], ``Workspace.row_slot``: row r goes to row slots[r] % rows_of_rank of rank
+            slots[r] // rows_of_rank.
+        peers: int64 [W] on the same device, the address of every rank's symmetric memory.
+        offset: of ``home_rows`` in it, bytes.
+        rows_of_rank: rows of one rank's ``home_rows``.
+    """
+
+    slots: torch.Tensor
+    peers: torch.Tensor
+    offset: int
+    rows_of_rank: int
+
+
+def homes_of(buffer: SymmBuffer, layout: WeightLayout, combine: str) -> Homes | None:
+    """Where ``l2`` of these kernels is to store its rows instead of in the workspace, or None.
+
+    None for "fast", which adds rows up before it sends them, and where the GEMMs or the exchange
+    are such as do not store at other ranks.
+    """
+    gemm, comm = gemm_kernels(layout), comm_kernels(buffer.device)
+    if combine != "exact" or not hasattr(gemm, "MOST_HOME_ROWS") or not hasattr(comm, "homes"):
+        return None
+    homes: Homes = comm.homes(buffer)
+    return homes if homes.rows_of_rank <= gemm.MOST_HOME_ROWS else None
 
 
 def open_kernel_state(buffer: SymmBuffer, comm_sms: int | None) -> KernelState | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megamoe_ep.errors import ArgumentError, HeapError
-from megamoe_ep.kernels import ColumnOrder, library
+from megamoe_ep.kernels import ColumnOrder, Homes, library
 from megamoe_ep.kernels.portable import combined_differently
 from megamoe_ep.symm_buffer import SymmBuffer
 
@@ -198,11 +198,21 @@ def dispatch(
     )
 
 
-def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
+def homes(buffer: SymmBuffer) -> Homes:
+    """Where the rows of "exact" go, for an ``l2`` that stores them there itself."""
+    shape = buffer.shape
+    offset = shape.regions["home_rows"].offset
+    rows_of_rank = shape.max_num_tokens * shape.top_k
+    return Homes(buffer.workspace.row_slot, buffer.peer_ptrs, offset, rows_of_rank)
+
+
+def combine(
+    y: torch.Tensor, buffer: SymmBuffer, *, combine: str, rows_are_home: bool = False
+) -> None:
     """See ``portable.combine``; fills the tokens' rows of ``y`` with NaN where that would raise."""
     state = _state(buffer)
     state.functions.comm_combine(
-        state.view, combine == "exact", y.data_ptr(), y.shape[0], _stream(buffer)
+        state.view, combine == "exact", rows_are_home, y.data_ptr(), y.shape[0], _stream(buffer)
     )
 
 

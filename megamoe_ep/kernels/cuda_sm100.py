@@ -23,7 +23,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import ColumnOrder, library
+from megamoe_ep.kernels import ColumnOrder, Homes, library
 from megamoe_ep.kernels.cuda import check_tensor, check_weights
 from megamoe_ep.prepack.sm100 import SIZE_MULTIPLE
 from megamoe_ep.shape import LayerShape
@@ -158,6 +158,7 @@ def l2(
     alpha: torch.Tensor,
     *,
     out: torch.Tensor,
+    homes: Homes | None = None,
 ) -> None:
     """See ``portable.l2``. A block of ``h`` that is not E2M1 code x UE4M3 scale gives NaN.
 
@@ -166,6 +167,7 @@ def l2(
             shape, device or alignment than said there.
         LibraryError: csrc's library is missing or stale.
     """
+    assert homes is None
     check_weights(weights, "sm100", gated=False)
     device, experts, r = weights.codes.device, weights.num_experts, h.shape[0]
     check_tensor(h, "h", torch.bfloat16, (r, weights.k), device)

@@ -15,7 +15,7 @@ import torch
 
 from megamoe_ep import nvfp4
 from megamoe_ep.errors import ArgumentError, LayerMismatchError
-from megamoe_ep.kernels import ColumnOrder
+from megamoe_ep.kernels import ColumnOrder, Homes
 from megamoe_ep.prepack.sm90 import column_order
 from megamoe_ep.symm_buffer import PHASES, SymmBuffer
 from megamoe_ep.weights import KernelWeights
@@ -215,6 +215,7 @@ def l2(
     alpha: torch.Tensor,
     *,
     out: torch.Tensor,
+    homes: Homes | None = None,
 ) -> None:
     """Down projection of every row, by its expert: bf16(acc * alpha[e]).
 
@@ -224,7 +225,9 @@ def l2(
         weights: of L experts, n = H, k = I.
         alpha: fp32 [L], the expert's weight scale, times its input scale where h is NVFP4.
         out: bf16 [R, H]; rows from expert_offsets[L] on are not written.
+        homes: where rows go instead, of kernels that store at other ranks; None of all others.
     """
+    assert homes is None
     for expert, span in _spans(expert_offsets):
         out[span] = exact_matmul(h[span], weights, expert) * alpha[expert]
 
@@ -293,7 +296,9 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 # Combine
 
 
-def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
+def combine(
+    y: torch.Tensor, buffer: SymmBuffer, *, combine: str, rows_are_home: bool = False
+) -> None:
     """Sends the rows of the workspace home to their tokens' ranks, and adds up what comes home.
 
     "exact": every row goes home as it is; a token's rank adds weight x row over the slots, in slot
@@ -303,11 +308,13 @@ def combine(y: torch.Tensor, buffer: SymmBuffer, *, combine: str) -> None:
 
     Args:
         y: bf16, at least [num_tokens, H]; rows past the staged tokens are not written.
+        rows_are_home: ``l2`` has stored the rows at their ``homes``, on "exact" alone.
 
     Raises:
         PeerTimeoutError: a rank did not combine within the deadline.
         LayerMismatchError: a rank combined in the other mode; ``y`` is then not written.
     """
+    assert not rows_are_home
     shape, local = buffer.shape, buffer.local
     (_send_rows_home if combine == "exact" else _send_sums_home)(buffer)
     mine = _MODES.index(combine)
@@ -343,7 +350,7 @@ def combined_differently(rank: int) -> LayerMismatchError:
 
 
 def _send_rows_home(buffer: SymmBuffer) -> None:
-    shape, local, work = buffer.shape, buffer.local, buffer.workspace
+    shape, work = buffer.shape, buffer.workspace
     row_slot = work.row_slot[: int(work.expert_offsets[-1])]
     slots_of_rank = shape.max_num_tokens * shape.top_k
     source, target = row_slot // slots_of_rank, row_slot % slots_of_rank

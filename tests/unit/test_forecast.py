@@ -57,7 +57,8 @@ def test_never_below_the_floor_and_never_shorter_for_more_tokens(machine, model)
 def test_fast_sends_less_and_takes_less():
     shape = MODELS["dsv3"].layer(256, 2048, 8)
     load = expected_load(shape)
-    exact, fast = (forecast(shape, load, mode, H200, KERNELS["H200"]) for mode in ("exact", "fast"))
+    sends = replace(KERNELS["H200"], stores_home=False)
+    exact, fast = (forecast(shape, load, mode, H200, sends) for mode in ("exact", "fast"))
     assert fast["combine"] < 0.8 * exact["combine"]
     assert fast["l1"] == exact["l1"]
 
@@ -152,6 +153,20 @@ def test_a_call_has_a_launch_of_its_own():
     load = expected_load(shape)
     more = replace(H200, call_s=H200.launch_s + 3e-6)
     assert seconds(shape, load, ceilings=more) - seconds(shape, load) == pytest.approx(3e-6)
+
+
+def test_rows_that_l2_stores_home_are_sent_while_it_multiplies():
+    shape = MODELS["dsv3"].layer(64, 2048, 2)
+    load = expected_load(shape)
+    sends = replace(KERNELS["H200"], stores_home=False)
+    stores, sends = (forecast(shape, load, "exact", H200, k) for k in (KERNELS["H200"], sends))
+    assert stores["l2"] == sends["l2"]
+    assert stores["combine"] < 0.5 * sends["combine"]
+    # As long as the link takes, if that is longer.
+    slow = replace(H200, peer_bytes_per_s=1e10)
+    stored = 2048 * 8 / 2 * 7168 * 2 / 1e10
+    found = forecast(shape, load, "exact", slow, KERNELS["H200"])
+    assert found["l2"] == pytest.approx(stored + slow.launch_s, rel=0.01)
 
 
 def test_separate_passes_cost_their_bytes():

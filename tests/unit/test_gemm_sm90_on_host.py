@@ -106,13 +106,55 @@ class Tokens:
         return Tokens(self.rows[index], self.row_scales[index], offsets), index
 
 
+@dataclass
+class Homes:
+    """Home rows of some ranks, one block of memory each, and where each row goes."""
+
+    slots: torch.Tensor
+    memory: list[torch.Tensor]  # int16 [HOME_AT / 2 + rows * columns + a guard]
+    peers: torch.Tensor
+    rows: int
+    columns: int
+
+    AT = 96  # bytes before a rank's home rows
+
+    @classmethod
+    def draw(cls, count: int, columns: int, ranks: int, rows: int, seed: int = 0) -> Homes:
+        draw = torch.Generator().manual_seed(seed)
+        slots = torch.randperm(ranks * rows, generator=draw)[:count].int()
+        size = cls.AT // 2 + rows * columns + 64
+        memory = [torch.full((size,), POISON, dtype=torch.int16) for _ in range(ranks)]
+        peers = torch.tensor([m.data_ptr() for m in memory])
+        return cls(slots, memory, peers, rows, columns)
+
+    def arguments(self) -> tuple:
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (self.slots, self.peers))
+        return (*pointers, ctypes.c_int64(self.AT), self.rows, len(self.memory))
+
+    def collect(self, count: int) -> torch.Tensor:
+        """The rows from their homes, and nothing else may have been written."""
+        begin, end = self.AT // 2, self.AT // 2 + self.rows * self.columns
+        found = torch.stack([m[begin:end].view(self.rows, self.columns) for m in self.memory])
+        assert all((m[:begin] == POISON).all() and (m[end:] == POISON).all() for m in self.memory)
+        flat = found.flatten(0, 1)
+        index = self.slots[:count].long()
+        others = torch.ones(len(flat), dtype=torch.bool)
+        others[index] = False
+        assert (flat[others] == POISON).all(), "a row that nobody sent was written"
+        assert (flat[index] != POISON).all(), "an element was not written"
+        return flat[index].view(torch.bfloat16)
+
+
 def on_host(
     kernel: ctypes.CDLL, weights: KernelWeights, rows: torch.Tensor, offsets: torch.Tensor,
     alpha: torch.Tensor, *, few: bool, row_scales: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None, clamp: float = math.inf, blocks: int = 3,
-    seed: int = 1, slow_producer: int = -1,
+    seed: int = 1, slow_producer: int = -1, homes: Homes | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """One GEMM; checks that it writes every element of its rows and nothing else."""
+    """One GEMM; checks that it writes every element of its rows and nothing else.
+
+    With ``homes`` nothing is written here, and what was written there is returned instead.
+    """
     columns = weights.n // 2 if weights.gated else weights.n
     count, experts = int(offsets[-1]), len(offsets) - 1
     whole = torch.full((len(rows) + 2 * GUARD_ROWS, columns), POISON, dtype=torch.int16)
@@ -125,9 +167,13 @@ def on_host(
     kernel.grouped_gemm_on_host(
         weights.gated, few, blocks, seed, slow_producer, at(rows), at(row_scales), at(offsets),
         at(weights.codes), at(alpha), at(input_scale), ctypes.c_float(clamp), at(out),
+        *(homes.arguments() if homes else (None, None, ctypes.c_int64(0), 0, 0)),
         ctypes.c_int64(len(rows)), experts, weights.n, weights.k,
     )  # fmt: skip
     poison = whole == POISON
+    if homes:
+        assert poison.all(), "a row was written here"
+        return homes.collect(count)
     written = slice(GUARD_ROWS, GUARD_ROWS + count)
     assert not poison[written].any(), "an element was not written"
     assert int(poison.sum()) == (len(whole) - count) * columns, "something else was written"
@@ -220,6 +266,21 @@ def test_drawn_loads(kernel):
 def test_a_producer_may_be_slow(kernel, slow, few):
     """By turns of the ring, also one that often has nothing to bring: lone slabs of 128 rows."""
     check(kernel, (9,), 128, 2560, "bf16", few=few, blocks=1, slow_producer=slow)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_rows_go_home(kernel, few):
+    """To any row of any rank, with the same bits; also of more ranks than a warpgroup is wide."""
+    for counts, hidden, ranks, rows in (
+        ((9, 0, 200, 33, 1), 384, 2, 150),
+        ((47, 65), 256, 1, 112),
+        ((3, 30), 128, 200, 7),
+    ):
+        layer, tokens = Layer.draw(len(counts), hidden, 256, "bf16"), Tokens.draw(counts, hidden)
+        h = run_l1(kernel, layer, tokens, few=few)
+        homes = Homes.draw(sum(counts), hidden, ranks, rows)
+        sent = run_l2(kernel, layer, h, tokens.offsets, few=few, homes=homes)
+        assert same(sent, run_l2(kernel, layer, h, tokens.offsets, few=few))
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])

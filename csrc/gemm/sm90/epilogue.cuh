@@ -20,6 +20,17 @@ constexpr int kChunk = 16;  // tokens at a time
 constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 
+// Where rows go instead, each to the rank whose token it is of.
+struct Homes {
+  const int32_t* slots;     // [R], or null: the number of each row among all ranks' home rows
+  const int64_t* peers;     // [W]: memory of each rank, with its home rows at ...
+  int64_t home_rows;        // ... so many bytes
+  uint32_t rows_of_rank;    // at most kMostHomeRows
+  int ranks;                // 0 without slots, at most kMostHomes
+};
+constexpr uint32_t kMostHomeRows = 1 << 24;
+constexpr int kMostHomes = 256;
+
 struct Outputs {
   bool gated;                // L1: weight rows are gate and up, and SwiGLU makes one output of two
   __nv_bfloat16* out;        // [R, row_elements]
@@ -28,12 +39,16 @@ struct Outputs {
   const float* alpha;        // L1: [L, 2]; L2: [L]
   const float* input_scale;  // L1: [L], or null
   float clamp;               // L1; infinity for none
+  Homes homes;               // L2
 };
 
 // Shared memory of one warp.
 template <typename Cut>
 struct Staging {
-  float row_scales[Cut::kMaxTokens];  // L1: of the tile's rows
+  union {                             // of the tile's rows
+    float row_scales[Cut::kMaxTokens];  // L1
+    int32_t homes[Cut::kMaxTokens];     // L2: slots; then the rank in the upper 8 bits, and the row there
+  };
   float alpha[2];                     // L1: of gate and of up
   float input_scale;                  // L1
 };
@@ -44,15 +59,39 @@ __device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o, 
   const int lane = threadIdx.x % 32;
   if (o.gated) {
     for (int t = lane; t < part.end_row - part.first_row; t += 32) {
-      copy_float(&s.row_scales[t], o.row_scales + part.first_row + t);
+      copy_word(&s.row_scales[t], o.row_scales + part.first_row + t);
     }
-    if (lane < 2) copy_float(&s.alpha[lane], o.alpha + 2 * part.expert + lane);
+    if (lane < 2) copy_word(&s.alpha[lane], o.alpha + 2 * part.expert + lane);
     if (lane == 2 && o.input_scale != nullptr) {
-      copy_float(&s.input_scale, o.input_scale + part.expert);
+      copy_word(&s.input_scale, o.input_scale + part.expert);
     }
-  } else if (lane == 0) {
-    copy_float(&s.alpha[0], o.alpha + part.expert);
+  } else {
+    if (o.homes.slots != nullptr) {
+      for (int t = lane; t < part.end_row - part.first_row; t += 32) {
+        copy_word(&s.homes[t], o.homes.slots + part.first_row + t);
+      }
+    }
+    if (lane == 0) copy_word(&s.alpha[0], o.alpha + part.expert);
   }
+}
+
+// A row's home, of what find_homes() leaves.
+__device__ __forceinline__ __nv_bfloat16* home_of(uint32_t home, const uint64_t* bases,
+                                                  int64_t row_elements) {
+  return in_device_memory<__nv_bfloat16>(bases[home >> 24]) +
+         (home & (kMostHomeRows - 1)) * row_elements;
+}
+
+// Each row's slot to the rank and the row there. One warp.
+template <typename Cut>
+__device__ __forceinline__ void find_homes(Staging<Cut>& s, const Homes& homes, int rows) {
+  __syncwarp();
+#pragma unroll 1
+  for (int t = threadIdx.x % 32; t < rows; t += 32) {
+    const uint32_t slot = s.homes[t], rank = slot / homes.rows_of_rank;
+    s.homes[t] = static_cast<int32_t>(rank << 24 | (slot - rank * homes.rows_of_rank));
+  }
+  __syncwarp();
 }
 
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
@@ -123,25 +162,29 @@ __device__ __forceinline__ void requantise(float (&h)[kTokens][2], float global_
   }
 }
 
-// Stores this warp's outputs of the part's first slab.
+// Stores this warp's outputs of the part's first slab. `bases`: in shared memory, where each rank's home
+// rows begin, if these are where they go.
 template <typename Cut, bool kGated>
 __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 2], const Outputs& o,
-                                              Staging<Cut>& s, const Part& part) {
+                                              Staging<Cut>& s, const uint64_t* bases,
+                                              const Part& part) {
   constexpr int kSlabOutputs = kGated ? kSlabRows / 2 : kSlabRows;
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
   const int lane = thread % 32;
   const int first = part.first_row + 2 * (lane % 4);  // of this thread's rows; the others count from it
   const int end = part.end_row - first;
-  __nv_bfloat16* out = o.out + first * o.row_elements + part.slab * kSlabOutputs +
-                       (kGated ? 8 * (lane / 4) + 2 * warp : 2 * (lane / 4) + 32 * warp);
-  const auto store = [&](int row, int column, float one, float next) {
-    const uint32_t pair = pair_of(one, next);
-    *reinterpret_cast<uint32_t*>(out + row * o.row_elements + column) = pair;
+  const int first_column = part.slab * kSlabOutputs +
+                           (kGated ? 8 * (lane / 4) + 2 * warp : 2 * (lane / 4) + 32 * warp);
+  __nv_bfloat16* out = o.out + first * o.row_elements + first_column;
+  const auto store = [&](__nv_bfloat16* to, float one, float next) {
+    *reinterpret_cast<uint32_t*>(to) = pair_of(one, next);
   };
 
-  wait_floats();
+  wait_words();
   __syncwarp();
+  const bool home = !kGated && o.homes.slots != nullptr;
+  if (home) find_homes(s, o.homes, part.end_row - part.first_row);
   const float alpha[2] = {s.alpha[0] * kUnscale, kGated ? s.alpha[1] * kUnscale : 0.0f};
   const bool clamped = kGated && o.clamp < __uint_as_float(0x7F800000u);
   const bool quantised = kGated && o.input_scale != nullptr;
@@ -185,16 +228,18 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const int row = chunk * kChunk + 8 * (t / 2) + t % 2;
-        if (row < end) store(row, 0, h[t][0], h[t][1]);
+        if (row < end) store(out + row * o.row_elements, h[t][0], h[t][1]);
       }
     } else {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const int row = chunk * kChunk + 8 * (t / 2) + t % 2;
         if (row >= end) continue;
+        __nv_bfloat16* to = out + row * o.row_elements;
+        if (home) to = home_of(s.homes[row + 2 * (lane % 4)], bases, o.row_elements) + first_column;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          store(row, 16 * half, sum(t, 0, half) * alpha[0], sum(t, 1, half) * alpha[0]);
+          store(to + 16 * half, sum(t, 0, half) * alpha[0], sum(t, 1, half) * alpha[0]);
         }
       }
     }

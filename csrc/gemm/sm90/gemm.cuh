@@ -2,7 +2,7 @@
 //
 // Reads: tokens bf16 [R, K] by expert, left by dispatch (L1) or by L1 (L2), with columns by lane
 // (megamoe_ep/prepack/sm90.py); packed weights; the experts' first rows, which only the device knows.
-// Writes: rows of bf16, of tokens alone.
+// Writes: rows of bf16, of tokens alone; L2's to the ranks that the tokens are of, if told so.
 // Floor: max(weight bytes of experts with rows / memory bandwidth, 2 R N K / bf16 rate).
 //
 // One block an SM. Producer warps copy pairs of k64 blocks into a ring of stages. Each consumer
@@ -72,21 +72,30 @@ struct Shared {
   Barriers barriers;
   Tile tiles[kMaxTiles];                       // under way, in turn
   int token_rows;                              // of a stage
-  int plan[1];                                 // offsets[L + 1], first_tiles[L + 1], order[L]
+  int plan[1];                                 // offsets[L + 1], first_tiles[L + 1], order[L]; then bases
 };
 
 // The ring has what is left of shared memory. TMA's 128-byte swizzle repeats every 1024 bytes.
 constexpr int kSwizzleBytes = 1024;
 constexpr int kMostExperts = 1024;  // megamoe_ep/prepack: MAX_EXPERTS
 template <typename Cut>
-MEGAMOE_HD constexpr int ring_at(int experts) {
-  const int before = static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 1);
-  return ceil_div(before, kSwizzleBytes) * kSwizzleBytes;
+MEGAMOE_HD constexpr int bases_at(int experts) {
+  return ceil_div(static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 1), 8) * 8;
 }
-static_assert(ring_at<Few>(kMostExperts) + 3 * stage_bytes<Few>(2 * Few::kMaxTokens) <= kSharedBytes);
-static_assert(ring_at<Many>(kMostExperts) + 3 * stage_bytes<Many>(Many::kMaxTokens) <= kSharedBytes);
+template <typename Cut>
+MEGAMOE_HD constexpr int ring_at(int experts, int ranks) {
+  return ceil_div(bases_at<Cut>(experts) + 8 * ranks, kSwizzleBytes) * kSwizzleBytes;
+}
+static_assert(ring_at<Few>(kMostExperts, kMostHomes) + 3 * stage_bytes<Few>(2 * Few::kMaxTokens) <= kSharedBytes);
+static_assert(ring_at<Many>(kMostExperts, kMostHomes) + 3 * stage_bytes<Many>(Many::kMaxTokens) <= kSharedBytes);
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
+
+// Where each rank's home rows begin.
+template <typename Cut>
+__device__ __forceinline__ uint64_t* bases_of(int experts) {
+  return reinterpret_cast<uint64_t*>(shared_memory + bases_at<Cut>(experts));
+}
 
 template <typename Cut>
 __device__ __forceinline__ Shared<Cut>& shared() {
@@ -231,8 +240,8 @@ __device__ __forceinline__ int tokens_at(const Tile& tile, bool second) {
 }
 
 template <typename Cut>
-__device__ __forceinline__ Ring make_ring(uint32_t barriers, int experts) {
-  const int at = ring_at<Cut>(experts);
+__device__ __forceinline__ Ring make_ring(uint32_t barriers, const Problem& p) {
+  const int at = ring_at<Cut>(p.experts, p.outputs.homes.ranks);
   return Ring(shared_address(shared_memory + at), kSharedBytes - at, barriers,
               stage_bytes<Cut>(shared<Cut>().token_rows));
 }
@@ -321,7 +330,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
   // Of many, one warpgroup is some way behind the other: so one multiplies while the other stores.
   constexpr uint32_t kBehindNs = 1200;
   if (!Cut::kShares && threadIdx.x >= kWarpgroup) sleep(kBehindNs);
-  Ring ring = make_ring<Cut>(barriers, p.experts);
+  Ring ring = make_ring<Cut>(barriers, p);
   for (int turn = 0;; turn = (turn + 1) % kMaxTiles) {
     ring.wait_full();
     const Tile& tile = shared<Cut>().tiles[turn];
@@ -343,9 +352,9 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
     accumulate<Cut>(acc, ring, tokens_at<Cut>(tile, second), stages, uniform(part.width));
     const Part same = my_part();  // anew, so that it takes no registers meanwhile
     if (p.outputs.gated) {
-      store_outputs<Cut, true>(acc, p.outputs, staging, same);
+      store_outputs<Cut, true>(acc, p.outputs, staging, nullptr, same);
     } else {
-      store_outputs<Cut, false>(acc, p.outputs, staging, same);
+      store_outputs<Cut, false>(acc, p.outputs, staging, bases_of<Cut>(p.experts), same);
     }
   }
 }
@@ -437,6 +446,11 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   if (warpgroup == Cut::kSlabs) {
 #pragma unroll 1
     for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
+    const Homes& homes = p.outputs.homes;
+#pragma unroll 1
+    for (int r = thread; r < homes.ranks; r += kWarpgroup) {
+      bases_of<Cut>(p.experts)[r] = static_cast<uint64_t>(homes.peers[r] + homes.home_rows);
+    }
   } else if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
@@ -462,7 +476,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     give_registers_back<Block<Cut>::kProducerRegisters>();
     const Walk<Cut> walk({offsets, first_tiles, order}, p.experts, p.n / kSlabRows,
                          static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    const Ring ring = make_ring<Cut>(barriers, p.experts);
+    const Ring ring = make_ring<Cut>(barriers, p);
     if (one_lane()) produce<Cut>(p, maps, ring, walk, thread / 32);
   } else {
     take_registers<Block<Cut>::kConsumerRegisters>();

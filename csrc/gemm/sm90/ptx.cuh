@@ -126,17 +126,26 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+// An address of device memory, this GPU's or another's: ptxas then need not look which it is.
+template <typename T>
+__device__ __forceinline__ T* in_device_memory(uint64_t address) {
+  T* p = reinterpret_cast<T*>(address);
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 // Past L1, which need not have what another kernel has written.
 __device__ __forceinline__ int32_t load_from_l2(const int32_t* p) { return __ldcg(p); }
 
 // One float by this thread, into shared memory and not waited for.
-__device__ __forceinline__ void copy_float(float* to, const float* from) {
+template <typename T>
+__device__ __forceinline__ void copy_word(T* to, const T* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 }
 
 // For all that this thread copies so.
-__device__ __forceinline__ void wait_floats() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void wait_words() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   uint2 v;

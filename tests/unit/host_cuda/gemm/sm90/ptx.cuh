@@ -171,9 +171,14 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, u
   send(to, std::move(bytes), barrier);
 }
 
+template <typename T>
+T* in_device_memory(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
 inline int32_t load_from_l2(const int32_t* p) { return *p; }
-inline void copy_float(float* to, const float* from) { *to = *from; }
-inline void wait_floats() {}
+template <typename T>
+void copy_word(T* to, const T* from) { *to = *from; }
+inline void wait_words() {}
 
 inline void sleep(uint32_t) {}
 
