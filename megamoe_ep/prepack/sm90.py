@@ -41,9 +41,10 @@ byte 0, and its block's magnitudes are stored as 0, which leaves the weights wha
 byte 0xFF, and is a NaN in bf16 as well.
 
 Rows. The strips of a thread have neighbours. Slab s of L2: row 16 * w + 8 * i + j of strip mb,
-j < 8, is row 128 * s + 32 * w + 16 * i + 2 * j + mb. Slab s of L1 holds gate and up of the
-intermediate elements from 64 * s on, so that a thread has both of one element: row 16 * w + j of
-strip mb is gate of element 64 * s + 16 * w + 2 * j + mb, and the row eight below is up.
+j < 8, is row 128 * s + 32 * w + 4 * j + 2 * i + mb, so that a thread has four of them. Slab s of L1
+holds gate and up of the intermediate elements from 64 * s on, so that a thread has both of one
+element: row 16 * w + j of strip mb is gate of element 64 * s + 16 * w + 2 * j + mb, and the row
+eight below is up.
 """
 
 from __future__ import annotations
@@ -134,8 +135,9 @@ def row_order(n: int, gated: bool, device: torch.device | str = "cpu") -> torch.
     """int64 [n]: the checkpoint's row that each packed row is."""
     slabs = n // SLAB_ROWS
     if not gated:
-        # Slab, warp, half of its rows, row of eight, strip.
-        return torch.arange(n, device=device).view(slabs, 4, 2, 8, 2).movedim(4, 1).flatten()
+        # Slab, warp, row of eight, half of its rows, strip.
+        row = torch.arange(n, device=device).view(slabs, 4, 8, 2, 2)
+        return row.permute(0, 4, 1, 3, 2).flatten()
     # Slab, warp, row of eight, strip.
     element = torch.arange(n // 2, device=device).view(slabs, 4, 8, 2).movedim(3, 1)
     return torch.stack((element, element + n // 2), dim=3).flatten()

@@ -71,7 +71,7 @@ def test_every_bit_is_where_the_description_says(gated):
     def checkpoint_row(strip: int, row: int) -> int:
         warp, j = divmod(row, 16)
         if not gated:
-            return 128 * slab + 32 * warp + 16 * (j // 8) + 2 * (j % 8) + strip
+            return 128 * slab + 32 * warp + 4 * (j % 8) + 2 * (j // 8) + strip
         return 64 * slab + 16 * warp + 2 * (j % 8) + strip + (n // 2 if j >= 8 else 0)
 
     for block, strip, thread in itertools.product(range(2), range(2), range(128)):

@@ -1,9 +1,9 @@
 // From a warpgroup's accumulators, 128 weight rows x N tokens, to rows of bf16 in device memory.
 //
 // A thread holds, for m64 block mb, rows r and r + 8 (r = 16 * warp + lane / 4) at tokens
-// 8j + 2 * (lane % 4) and the next. The two blocks have neighbours, a word of two outputs: of a token L2
-// has one of rows r and one of rows r + 8, and eight lanes have a whole sector; for L1, where these are
-// gate and up, there is one, and columns are by lane (megamoe_ep/prepack/sm90.py).
+// 8j + 2 * (lane % 4) and the next. The two blocks have neighbours, and L2's rows r and r + 8 too: of a token
+// a thread stores four outputs, and eight lanes have two whole sectors; for L1, where these are gate and up,
+// it is two, and columns are by lane (megamoe_ep/prepack/sm90.py).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -78,7 +78,7 @@ __device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o, 
 // A row's home, of what find_homes() leaves.
 __device__ __forceinline__ __nv_bfloat16* home_of(uint32_t home, const uint64_t* bases,
                                                   int64_t row_elements) {
-  return in_device_memory<__nv_bfloat16>(bases[home >> 24]) +
+  return reinterpret_cast<__nv_bfloat16*>(bases[home >> 24]) +
          (home & (kMostHomeRows - 1)) * row_elements;
 }
 
@@ -175,12 +175,8 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const int first = part.first_row + 2 * (lane % 4);  // of this thread's rows; the others count from it
   const int end = part.end_row - first;
   const int first_column = part.slab * kSlabOutputs +
-                           (kGated ? 8 * (lane / 4) + 2 * warp : 2 * (lane / 4) + 32 * warp);
+                           (kGated ? 8 * (lane / 4) + 2 * warp : 4 * (lane / 4) + 32 * warp);
   __nv_bfloat16* out = o.out + first * o.row_elements + first_column;
-  const auto store = [&](__nv_bfloat16* to, float one, float next) {
-    *reinterpret_cast<uint32_t*>(to) = pair_of(one, next);
-  };
-
   wait_words();
   __syncwarp();
   const bool home = !kGated && o.homes.slots != nullptr;
@@ -228,7 +224,9 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         const int row = chunk * kChunk + 8 * (t / 2) + t % 2;
-        if (row < end) store(out + row * o.row_elements, h[t][0], h[t][1]);
+        if (row < end) {
+          *reinterpret_cast<uint32_t*>(out + row * o.row_elements) = pair_of(h[t][0], h[t][1]);
+        }
       }
     } else {
 #pragma unroll
@@ -237,10 +235,10 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
         if (row >= end) continue;
         __nv_bfloat16* to = out + row * o.row_elements;
         if (home) to = home_of(s.homes[row + 2 * (lane % 4)], bases, o.row_elements) + first_column;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          store(to + 16 * half, sum(t, 0, half) * alpha[0], sum(t, 1, half) * alpha[0]);
-        }
+        const auto pair = [&](int half) {
+          return pair_of(sum(t, 0, half) * alpha[0], sum(t, 1, half) * alpha[0]);
+        };
+        store_8(to, {pair(0), pair(1)});
       }
     }
   }

@@ -126,12 +126,9 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-// An address of device memory, this GPU's or another's: ptxas then need not look which it is.
-template <typename T>
-__device__ __forceinline__ T* in_device_memory(uint64_t address) {
-  T* p = reinterpret_cast<T*>(address);
-  __builtin_assume(__isGlobal(p));
-  return p;
+// To device memory, this GPU's or another's.
+__device__ __forceinline__ void store_8(void* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // Past L1, which need not have what another kernel has written.

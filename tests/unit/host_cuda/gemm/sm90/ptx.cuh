@@ -171,9 +171,9 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, u
   send(to, std::move(bytes), barrier);
 }
 
-template <typename T>
-T* in_device_memory(uint64_t address) {
-  return reinterpret_cast<T*>(address);
+inline void store_8(void* p, uint2 v) {
+  expect(reinterpret_cast<uintptr_t>(p) % 8 == 0, "a misaligned store");
+  memcpy(p, &v, 8);
 }
 inline int32_t load_from_l2(const int32_t* p) { return *p; }
 template <typename T>
