@@ -154,9 +154,9 @@ def steps(shape: LayerShape, load: Load, combine: str, *, stores_home: bool = Fa
     sent = home.t() * row + FLAG_NBYTES
     stores_home = stores_home and combine == "exact"
     found += [
-        # A row comes with its scale, its slot, and the slot's row.
+        # A row comes with its scale, its home's address, and the slot's row.
         step(
-            "dispatch", "dispatch_expand", received * token + rows * (row + 12),
+            "dispatch", "dispatch_expand", received * token + rows * (row + 16),
             waits=not counted_apart,
         ),
         step(

@@ -84,8 +84,8 @@ void gemm_sm90_l1(int64_t rows, int64_t row_scales, int64_t offsets, int64_t wei
   const Problem problem = {
       at<const uint8_t>(weights),
       at<const int32_t>(offsets),
-      {true, at<__nv_bfloat16>(out), n / 2, at<const float>(row_scales), at<const float>(alpha),
-       at<const float>(input_scale), static_cast<float>(clamp), {}},
+      {true, at<__nv_bfloat16>(out), n / 2, nullptr, at<const float>(row_scales),
+       at<const float>(alpha), at<const float>(input_scale), static_cast<float>(clamp)},
       static_cast<int>(experts),
       static_cast<int>(n),
       static_cast<int>(k),
@@ -94,18 +94,15 @@ void gemm_sm90_l1(int64_t rows, int64_t row_scales, int64_t offsets, int64_t wei
 }
 
 // h bf16 [R, I], offsets int32 [L + 1], weights packed with n = H and k = I, alpha fp32 [L],
-// out bf16 [R, H]. Or, with slots int32 [R] and peers int64 [ranks], each row goes to row slot %
-// rows_of_rank of bf16 [rows_of_rank, H] at peers[slot / rows_of_rank] + home_rows.
+// out bf16 [R, H]; or homes int64 [R], or null: the address that each row goes to instead.
 void gemm_sm90_l2(int64_t h, int64_t offsets, int64_t weights, int64_t alpha, int64_t out,
-                  int64_t slots, int64_t peers, int64_t home_rows, int64_t rows_of_rank,
-                  int64_t ranks, int64_t all_rows, int64_t experts, int64_t n, int64_t k, bool few,
+                  int64_t homes, int64_t all_rows, int64_t experts, int64_t n, int64_t k, bool few,
                   int64_t device, int64_t stream) {
   const Problem problem = {
       at<const uint8_t>(weights),
       at<const int32_t>(offsets),
-      {false, at<__nv_bfloat16>(out), n, nullptr, at<const float>(alpha), nullptr, 0,
-       {at<const int32_t>(slots), at<const int64_t>(peers), home_rows,
-        static_cast<uint32_t>(rows_of_rank), static_cast<int>(ranks)}},
+      {false, at<__nv_bfloat16>(out), n, at<const int64_t>(homes), nullptr, at<const float>(alpha),
+       nullptr, 0},
       static_cast<int>(experts),
       static_cast<int>(n),
       static_cast<int>(k),

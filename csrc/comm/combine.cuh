@@ -157,22 +157,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int rows = View::local<const int32_t>(v.expert_offsets)[v.local_experts()];
   const int lane = threadIdx.x % 32;
-  const int top_k = static_cast<int>(v.top_k);
-  const int max_tokens = static_cast<int>(v.max_tokens);
   const int row_bytes = static_cast<int>(v.home_bytes());
   const Rows kind(row_bytes);
   const Shares shares(rows, kind.parts);
-  const int64_t* peers = View::local<const int64_t>(v.peers);
 
   for (int first = shares.begin; first < shares.end; first += 32) {
     // Where the next 32 shares of this warp go, one a lane: their look-ups overlap.
     const int mine = first + lane;
-    int64_t to = 0;
-    if (mine < shares.end) {
-      const Home home = home_of(View::local<const int32_t>(v.row_slot)[mine / shares.of_row],
-                                max_tokens * top_k);
-      to = peers[home.rank] + v.home_rows + static_cast<int64_t>(home.row) * row_bytes;
-    }
+    const int64_t to =
+        mine < shares.end ? View::local<const int64_t>(v.row_home)[mine / shares.of_row] : 0;
     for (int i = 0; i < min(32, shares.end - first); ++i) {
       const int64_t row = (first + i) / shares.of_row;
       const char* from = View::local<const char>(v.rows) + row * row_bytes;

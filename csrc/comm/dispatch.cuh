@@ -5,7 +5,7 @@
 //                    and raises dispatch_flags[rank] there: {call, tokens sent}
 //   dispatch_count   waits for all ranks' flags, counts rows by expert, chunk by chunk; left out
 //                    where there are so few entries that each block of the next kernel counts all
-//   dispatch_expand  reads recv_, writes rows, row_scales, row_slot, slot_row, expert_offsets
+//   dispatch_expand  reads recv_, writes rows, row_scales, row_home, slot_row, expert_offsets
 //
 // Rows of an expert lie in the order (source rank, token, slot), whatever came in first.
 // Floors: wire bytes over the link's store bandwidth for the first; written rows (H * 2 bytes each)
@@ -435,10 +435,11 @@ struct RowPart {
 
   uint4 piece[kPieces];  // bf16; or in x the codes and in y the scale
   uint32_t token_scale;  // with the first part
-  int token;             // likewise: its number at its rank
+  int64_t home;          // likewise: the address of its slots' home rows
 
-  __device__ __forceinline__ void load(const View& v, int64_t token, int part, int first,
+  __device__ __forceinline__ void load(const View& v, const Received& r, int part, int first,
                                        int pieces) {
+    const int64_t token = r.source * v.max_tokens + r.index;
     const char* x = v.mine<const char>(v.recv_x) + token * v.x_bytes();
     if (v.nvfp4) {
       const char* sf = v.mine<const char>(v.recv_x_sf) + token * v.sf_bytes();
@@ -456,7 +457,9 @@ struct RowPart {
     }
     if (part > 0) return;
     if (v.nvfp4) token_scale = load_4(v.mine<const float>(v.recv_x_scales) + token);
-    this->token = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + token));
+    const int its_number = static_cast<int>(load_4(v.mine<const int32_t>(v.recv_token) + token));
+    home = View::local<const int64_t>(v.peers)[r.source] + v.home_rows +
+           home_row(its_number, static_cast<int>(v.top_k), 0) * v.home_bytes();
   }
 };
 
@@ -524,8 +527,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (unit >= count * parts) return;
         const Received r = received_token(prefix, ranks, first + unit / parts);
         const int at = unit % parts * 32 * RowPart::kPieces + lane;
-        row_part.load(v, r.source * v.max_tokens + r.index, unit % parts,
-                      by_lane ? piece_by_lane(at) : at, pieces);
+        row_part.load(v, r, unit % parts, by_lane ? piece_by_lane(at) : at, pieces);
       };
       if (first == chunk.begin && count_here) {
         count_entries(v, entry_share, entries_ahead, prefix, first * top_k, count * top_k, counts,
@@ -580,11 +582,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
         if (part == 0 && lane < top_k) {
-          const int64_t place = slot_index(r.source, r.index, lane, v.max_tokens, top_k);
-          View::local<int32_t>(v.slot_row)[place] = row;
+          const int64_t slot = slot_index(r.source, r.index, lane, v.max_tokens, top_k);
+          View::local<int32_t>(v.slot_row)[slot] = row;
           if (row >= 0) {
-            const int64_t slot = slot_index(r.source, now.token, lane, v.max_tokens, top_k);
-            View::local<int32_t>(v.row_slot)[row] = static_cast<int32_t>(slot);
+            View::local<int64_t>(v.row_home)[row] = now.home + lane * v.home_bytes();
             if (v.nvfp4) View::local<uint32_t>(v.row_scales)[row] = now.token_scale;
           }
         }

@@ -93,23 +93,10 @@ MEGAMOE_HD int source_of(const int* prefix, int ranks, int i, int each = 1) {
   return low;
 }
 
-// A slot of a rank's token, by the token's number at its rank (row_slot) or by its place among what that
-// rank sent here (slot_row).
-MEGAMOE_HD int64_t slot_index(int64_t source, int64_t token, int slot, int64_t max_tokens,
+// slot_row: a slot of the `index`-th token that came from a rank.
+MEGAMOE_HD int64_t slot_index(int64_t source, int64_t index, int slot, int64_t max_tokens,
                               int top_k) {
-  return (source * max_tokens + token) * top_k + slot;
-}
-
-// Of a slot: the rank whose token it is of, and its number among that rank's, which is also the number of
-// its row in home_rows.
-struct Home {
-  int rank;
-  int row;
-};
-
-MEGAMOE_HD Home home_of(int slot, int slots_of_rank) {
-  const int rank = static_cast<int>(static_cast<uint32_t>(slot) / static_cast<uint32_t>(slots_of_rank));
-  return {rank, slot - rank * slots_of_rank};
+  return (source * max_tokens + index) * top_k + slot;
 }
 
 // Row of the owner's home_rows. exact: one row a slot. fast: one row a rank that owns experts of

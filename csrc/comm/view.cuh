@@ -20,12 +20,13 @@
   /* addresses: this rank's symmetric memory, and a device array [W] of every rank's */           \
   X(memory) X(peers)                                                                              \
   /* addresses of local device memory: the workspace of the layer ... */                          \
-  X(rows) X(row_scales) X(row_slot) X(expert_offsets)                                             \
-  /* ... and of these kernels: slot_row int32 [W*T*K], the row of a received slot;                \
+  X(rows) X(row_scales) X(expert_offsets)                                                         \
+  /* ... and of these kernels: row_home int64 [W*T*K], the address of a row's place in the        \
+     home_rows of its token's rank; slot_row int32 [W*T*K], the row of a received slot;           \
      owners uint32 [(W + 31) / 32, T rounded up to 4], the ranks of a token's experts, a bit each;\
      chunk_counts int32 [blocks, L]; send_counts int32 [W], what the last call sent; latches      \
      uint32 [kLatches], zero between launches but for those that stand for an error */            \
-  X(slot_row) X(owners) X(chunk_counts) X(send_counts) X(latches)                                 \
+  X(row_home) X(slot_row) X(owners) X(chunk_counts) X(send_counts) X(latches)                     \
   /* pinned host memory that the device can write, int64 [16]: an abort record, a bad argument */ \
   X(status)                                                                                       \
   X(timeout_ns)                                                                                   \

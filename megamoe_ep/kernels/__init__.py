@@ -10,7 +10,7 @@ import importlib
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -54,7 +54,7 @@ def weight_layout(device: torch.device) -> WeightLayout:
 
 def gemm_kernels(layout: WeightLayout) -> ModuleType:
     """The module whose ``l1`` and ``l2`` read weights in ``layout``, and rows with their columns in
-    the order of its ``COLUMNS``."""
+    the order of its ``COLUMNS``; ``STORES_HOME`` says whether its ``l2`` takes ``homes``."""
     if layout not in _GEMM_MODULES:
         raise ArgumentError(
             f"the weights' layout must be 'portable', 'sm90' or 'sm100'; got {layout!r}. Make the "
@@ -73,34 +73,16 @@ def comm_kernels(device: torch.device) -> ModuleType:
     return _module("portable" if weight_layout(device) == "portable" else "cuda_comm")
 
 
-class Homes(NamedTuple):
-    """Where rows of bf16 [R, H] go: to their tokens' ranks, into ``home_rows`` of each.
-
-    Attributes:
-        slots: int32 [R], ``Workspace.row_slot``: row r goes to row slots[r] % rows_of_rank of rank
-            slots[r] // rows_of_rank.
-        peers: int64 [W] on the same device, the address of every rank's symmetric memory.
-        offset: of ``home_rows`` in it, bytes.
-        rows_of_rank: rows of one rank's ``home_rows``.
-    """
-
-    slots: torch.Tensor
-    peers: torch.Tensor
-    offset: int
-    rows_of_rank: int
-
-
-def homes_of(buffer: SymmBuffer, layout: WeightLayout, combine: str) -> Homes | None:
+def homes_of(buffer: SymmBuffer, layout: WeightLayout, combine: str) -> torch.Tensor | None:
     """Where ``l2`` of these kernels is to store its rows instead of in the workspace, or None.
 
-    None for "fast", which adds rows up before it sends them, and where the GEMMs or the exchange
-    are such as do not store at other ranks.
+    None for "fast", which adds rows up before it sends them, and for GEMMs that do not store at
+    other ranks.
     """
-    gemm, comm = gemm_kernels(layout), comm_kernels(buffer.device)
-    if combine != "exact" or not hasattr(gemm, "MOST_HOME_ROWS") or not hasattr(comm, "homes"):
+    if combine != "exact" or not gemm_kernels(layout).STORES_HOME:
         return None
-    homes: Homes = comm.homes(buffer)
-    return homes if homes.rows_of_rank <= gemm.MOST_HOME_ROWS else None
+    homes: torch.Tensor = comm_kernels(buffer.device).homes(buffer)
+    return homes
 
 
 def open_kernel_state(buffer: SymmBuffer, comm_sms: int | None) -> KernelState | None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import ColumnOrder, Homes, WeightLayout, library
+from megamoe_ep.kernels import ColumnOrder, WeightLayout, library
 from megamoe_ep.prepack import MAX_EXPERTS
 from megamoe_ep.weights import KernelWeights
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megamoe_ep.symm_buffer import Workspace
 
 COLUMNS: ColumnOrder = "by lane"  # prepack.sm90.column_order
-MOST_HOME_ROWS = 1 << 24  # csrc/gemm/sm90/epilogue.cuh
+STORES_HOME = True
 FEW_ROWS = 40  # of an expert, from which on the GEMMs are cut for many: docs/performance.md
 _ALIGNMENT = 16  # bytes; TMA takes addresses and copies of no less
 
@@ -104,13 +104,13 @@ def l2(
     alpha: torch.Tensor,
     *,
     out: torch.Tensor,
-    homes: Homes | None = None,
+    homes: torch.Tensor | None = None,
 ) -> None:
     """See ``portable.l2``.
 
-    ``expert_offsets``, ``alpha`` and ``weights`` may be read before the kernel ahead in the stream
-    has ended: what writes them must be done before that one begins. With ``homes`` rows go there,
-    and ``out`` is not written.
+    ``expert_offsets``, ``alpha``, ``weights`` and ``homes`` may be read before the kernel ahead in
+    the stream has ended: what writes them must be done before that one begins. With ``homes`` the
+    rows go there, and ``out`` is not written.
 
     Raises:
         ArgumentError: ``weights`` are not L2's in layout "sm90", or a tensor has another dtype,
@@ -125,8 +125,7 @@ def l2(
     check_tensor(alpha, "alpha", torch.float32, (experts,), device)
     check_tensor(out, "out", torch.bfloat16, (r, weights.n), device)
     if homes is not None:
-        check_tensor(homes.slots, "homes.slots", torch.int32, (r,), device)
-        check_tensor(homes.peers, "homes.peers", torch.int64, (len(homes.peers),), device)
+        check_tensor(homes, "homes", torch.int64, (r,), device)
     if r == 0:
         return
     library.load().gemm_sm90_l2(
@@ -135,11 +134,7 @@ def l2(
         weights.codes.data_ptr(),
         alpha.data_ptr(),
         out.data_ptr(),
-        0 if homes is None else homes.slots.data_ptr(),
-        0 if homes is None else homes.peers.data_ptr(),
-        0 if homes is None else homes.offset,
-        1 if homes is None else homes.rows_of_rank,
-        0 if homes is None else len(homes.peers),
+        0 if homes is None else homes.data_ptr(),
         r,
         experts,
         weights.n,

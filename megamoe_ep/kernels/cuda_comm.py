@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megamoe_ep.errors import ArgumentError, HeapError
-from megamoe_ep.kernels import ColumnOrder, Homes, library
+from megamoe_ep.kernels import ColumnOrder, library
 from megamoe_ep.kernels.portable import combined_differently
 from megamoe_ep.symm_buffer import SymmBuffer
 
@@ -43,10 +43,11 @@ class CommState:
         self._num_experts = shape.num_experts
         self._num_latches = int(self.functions.comm_num_latches())
 
-        def scratch(*size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=device)
+        def scratch(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
         self._latches = scratch(self._num_latches)
+        self.row_home = scratch(shape.max_rows, dtype=torch.int64)
         self._slot_row = scratch(shape.max_rows)
         self._owners = scratch((shape.world_size + 31) // 32, -(-shape.max_num_tokens // 4) * 4)
         self._chunk_counts = scratch(most_blocks, shape.experts_per_rank)
@@ -71,8 +72,8 @@ class CommState:
             "peers": self._peers.data_ptr(),
             "rows": work.rows.data_ptr(),
             "row_scales": work.row_scales.data_ptr(),
-            "row_slot": work.row_slot.data_ptr(),
             "expert_offsets": work.expert_offsets.data_ptr(),
+            "row_home": self.row_home.data_ptr(),
             "slot_row": self._slot_row.data_ptr(),
             "owners": self._owners.data_ptr(),
             "chunk_counts": self._chunk_counts.data_ptr(),
@@ -198,12 +199,10 @@ def dispatch(
     )
 
 
-def homes(buffer: SymmBuffer) -> Homes:
-    """Where the rows of "exact" go, for an ``l2`` that stores them there itself."""
-    shape = buffer.shape
-    offset = shape.regions["home_rows"].offset
-    rows_of_rank = shape.max_num_tokens * shape.top_k
-    return Homes(buffer.workspace.row_slot, buffer.peer_ptrs, offset, rows_of_rank)
+def homes(buffer: SymmBuffer) -> torch.Tensor:
+    """int64 [R]: where the rows of "exact" go, for an ``l2`` that stores them there itself. Filled
+    by ``dispatch``."""
+    return _state(buffer).row_home
 
 
 def combine(

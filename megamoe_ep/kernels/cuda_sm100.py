@@ -23,7 +23,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megamoe_ep.errors import ArgumentError
-from megamoe_ep.kernels import ColumnOrder, Homes, library
+from megamoe_ep.kernels import ColumnOrder, library
 from megamoe_ep.kernels.cuda import check_tensor, check_weights
 from megamoe_ep.prepack.sm100 import SIZE_MULTIPLE
 from megamoe_ep.shape import LayerShape
@@ -31,6 +31,7 @@ from megamoe_ep.symm_buffer import Workspace
 from megamoe_ep.weights import KernelWeights
 
 COLUMNS: ColumnOrder = "plain"
+STORES_HOME = False
 # Room for rows, over experts, from which on tiles of 2 SMs and 256 tokens are taken instead of
 # those of 1 SM and 64. The room is all that the host knows; at EP 8 an eighth of it is filled on
 # average. Reckoned, not measured.
@@ -158,7 +159,7 @@ def l2(
     alpha: torch.Tensor,
     *,
     out: torch.Tensor,
-    homes: Homes | None = None,
+    homes: torch.Tensor | None = None,
 ) -> None:
     """See ``portable.l2``. A block of ``h`` that is not E2M1 code x UE4M3 scale gives NaN.
 

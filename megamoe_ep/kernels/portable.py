@@ -15,12 +15,13 @@ import torch
 
 from megamoe_ep import nvfp4
 from megamoe_ep.errors import ArgumentError, LayerMismatchError
-from megamoe_ep.kernels import ColumnOrder, Homes
+from megamoe_ep.kernels import ColumnOrder
 from megamoe_ep.prepack.sm90 import column_order
 from megamoe_ep.symm_buffer import PHASES, SymmBuffer
 from megamoe_ep.weights import KernelWeights
 
 COLUMNS: ColumnOrder = "plain"
+STORES_HOME = False
 EPOCH_MASK = 0xFFFF_FFFF
 
 
@@ -215,7 +216,7 @@ def l2(
     alpha: torch.Tensor,
     *,
     out: torch.Tensor,
-    homes: Homes | None = None,
+    homes: torch.Tensor | None = None,
 ) -> None:
     """Down projection of every row, by its expert: bf16(acc * alpha[e]).
 
@@ -225,7 +226,8 @@ def l2(
         weights: of L experts, n = H, k = I.
         alpha: fp32 [L], the expert's weight scale, times its input scale where h is NVFP4.
         out: bf16 [R, H]; rows from expert_offsets[L] on are not written.
-        homes: where rows go instead, of kernels that store at other ranks; None of all others.
+        homes: int64 [R], the device address of where each row goes instead, for kernels with
+            ``STORES_HOME``; None for all others.
     """
     assert homes is None
     for expert, span in _spans(expert_offsets):

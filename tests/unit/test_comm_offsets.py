@@ -108,7 +108,7 @@ class HostKernels:
             - shape.regions["epoch"].offset,
             "rows": work.rows,
             "row_scales": work.row_scales,
-            "row_slot": work.row_slot,
+            "row_home": torch.zeros(shape.max_rows, dtype=torch.int64),
             "expert_offsets": work.expert_offsets,
             "memory": rank.memory,
             "status": self.status,
@@ -217,13 +217,24 @@ def together(ranks: list[SimpleNamespace], work) -> None:
     assert not failures, failures
 
 
-def store_home(ranks: list[SimpleNamespace]) -> None:
+def homes_of(cuda: HostKernels) -> list[tuple[int, int]]:
+    """Of each row: the rank and the place in its home_rows that its address is of."""
+    rank, nbytes = cuda.rank, 2 * cuda.rank.shape.hidden_size
+    begins = [peer.home_rows.data_ptr() for peer in rank.peers]
+    found = []
+    for address in cuda.scratch["row_home"][: int(rank.workspace.expert_offsets[-1])].tolist():
+        to = max((b, r) for r, b in enumerate(begins) if b <= address)[1]
+        place, odd = divmod(address - begins[to], nbytes)
+        assert odd == 0
+        found.append((to, place))
+    return found
+
+
+def store_home(cuda: list[HostKernels]) -> None:
     """What an L2 does that stores its rows at their homes."""
-    for rank in ranks:
-        work, slots_of_rank = rank.workspace, rank.shape.max_num_tokens * rank.shape.top_k
-        for row in range(int(work.expert_offsets[-1])):
-            to, place = divmod(int(work.row_slot[row]), slots_of_rank)
-            ranks[to].local.home_rows[place] = work.rows[row]
+    for kernels in cuda:
+        for row, (to, place) in enumerate(homes_of(kernels)):
+            kernels.rank.peers[to].home_rows[place] = kernels.rank.workspace.rows[row]
 
 
 def sum_and_tell(cuda: list[HostKernels], ys: list[torch.Tensor]) -> None:
@@ -290,7 +301,7 @@ def test_a_flag_is_raised_by_all_blocks_or_not_at_all(kernels) -> None:
 
 
 STAGED = ("x", "x_sf", "x_scales", "topk_idx", "topk_weights", "num_tokens")
-WORKSPACE = ("rows", "row_scales", "row_slot")
+WORKSPACE = ("rows", "row_scales")
 
 
 def test_every_arrow_equals_the_portable_one(kernels) -> None:
@@ -353,6 +364,9 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
                 assert_same(a.local.dispatch_flags, b.local.dispatch_flags, "flags")
                 assert_same(a.local.epoch, b.local.epoch, "epoch")
                 assert_same(a.workspace.expert_offsets, b.workspace.expert_offsets, "offsets")
+                slots_of_rank = shape.max_num_tokens * shape.top_k
+                slots = b.workspace.row_slot[:rows].tolist()
+                assert homes_of(cuda[r]) == [divmod(slot, slots_of_rank) for slot in slots]
                 for name in WORKSPACE:
                     if name != "row_scales" or shape.activation_format == "nvfp4":
                         assert_same(
@@ -372,7 +386,7 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
             together(theirs, combine_portable)
             ys = outputs[world_size:]
             if combine == "exact" and routings % 3 == 0:
-                store_home(ours)
+                store_home(cuda)
                 sum_and_tell(cuda, ys)
             else:
                 for r in range(world_size):

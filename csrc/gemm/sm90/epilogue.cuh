@@ -20,78 +20,52 @@ constexpr int kChunk = 16;  // tokens at a time
 constexpr int kWarpgroup = 128;
 constexpr int kWarps = kWarpgroup / 32;
 
-// Where rows go instead, each to the rank whose token it is of.
-struct Homes {
-  const int32_t* slots;     // [R], or null: the number of each row among all ranks' home rows
-  const int64_t* peers;     // [W]: memory of each rank, with its home rows at ...
-  int64_t home_rows;        // ... so many bytes
-  uint32_t rows_of_rank;    // at most kMostHomeRows
-  int ranks;                // 0 without slots, at most kMostHomes
-};
-constexpr uint32_t kMostHomeRows = 1 << 24;
-constexpr int kMostHomes = 256;
-
 struct Outputs {
   bool gated;                // L1: weight rows are gate and up, and SwiGLU makes one output of two
   __nv_bfloat16* out;        // [R, row_elements]
   int64_t row_elements;
+  const int64_t* homes;      // L2: [R], the address that each row goes to instead, or null
   const float* row_scales;   // L1: [R]
   const float* alpha;        // L1: [L, 2]; L2: [L]
   const float* input_scale;  // L1: [L], or null
   float clamp;               // L1; infinity for none
-  Homes homes;               // L2
 };
 
-// Shared memory of one warp.
+// Shared memory of one warpgroup.
 template <typename Cut>
-struct Staging {
-  union {                             // of the tile's rows
+struct alignas(16) Staging {
+  union {                               // of the tile's rows
     float row_scales[Cut::kMaxTokens];  // L1
-    int32_t homes[Cut::kMaxTokens];     // L2: slots; then the rank in the upper 8 bits, and the row there
+    int64_t rows[Cut::kMaxTokens];      // L2: addresses
   };
-  float alpha[2];                     // L1: of gate and of up
-  float input_scale;                  // L1
+  float alpha[2];                       // L1: of gate and of up
+  float input_scale;                    // L1
 };
 
 // Starts to fetch what store_outputs() needs beside the accumulators, which takes them a while.
 template <typename Cut>
 __device__ __forceinline__ void fetch_scales(Staging<Cut>& s, const Outputs& o, const Part& part) {
-  const int lane = threadIdx.x % 32;
+  const int thread = thread_read_anew() % kWarpgroup;
+  const int rows = part.end_row - part.first_row;
   if (o.gated) {
-    for (int t = lane; t < part.end_row - part.first_row; t += 32) {
+    for (int t = thread; t < rows; t += kWarpgroup) {
       copy_word(&s.row_scales[t], o.row_scales + part.first_row + t);
     }
-    if (lane < 2) copy_word(&s.alpha[lane], o.alpha + 2 * part.expert + lane);
-    if (lane == 2 && o.input_scale != nullptr) {
+    if (thread < 2) copy_word(&s.alpha[thread], o.alpha + 2 * part.expert + thread);
+    if (thread == 2 && o.input_scale != nullptr) {
       copy_word(&s.input_scale, o.input_scale + part.expert);
     }
   } else {
-    if (o.homes.slots != nullptr) {
-      for (int t = lane; t < part.end_row - part.first_row; t += 32) {
-        copy_word(&s.homes[t], o.homes.slots + part.first_row + t);
+    for (int t = thread; t < rows; t += kWarpgroup) {
+      const int64_t row = part.first_row + t;
+      if (o.homes != nullptr) {
+        copy_word(&s.rows[t], o.homes + row);
+      } else {
+        s.rows[t] = reinterpret_cast<int64_t>(o.out + row * o.row_elements);
       }
     }
-    if (lane == 0) copy_word(&s.alpha[0], o.alpha + part.expert);
+    if (thread == 0) copy_word(&s.alpha[0], o.alpha + part.expert);
   }
-}
-
-// A row's home, of what find_homes() leaves.
-__device__ __forceinline__ __nv_bfloat16* home_of(uint32_t home, const uint64_t* bases,
-                                                  int64_t row_elements) {
-  return reinterpret_cast<__nv_bfloat16*>(bases[home >> 24]) +
-         (home & (kMostHomeRows - 1)) * row_elements;
-}
-
-// Each row's slot to the rank and the row there. One warp.
-template <typename Cut>
-__device__ __forceinline__ void find_homes(Staging<Cut>& s, const Homes& homes, int rows) {
-  __syncwarp();
-#pragma unroll 1
-  for (int t = threadIdx.x % 32; t < rows; t += 32) {
-    const uint32_t slot = s.homes[t], rank = slot / homes.rows_of_rank;
-    s.homes[t] = static_cast<int32_t>(rank << 24 | (slot - rank * homes.rows_of_rank));
-  }
-  __syncwarp();
 }
 
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
@@ -162,12 +136,10 @@ __device__ __forceinline__ void requantise(float (&h)[kTokens][2], float global_
   }
 }
 
-// Stores this warp's outputs of the part's first slab. `bases`: in shared memory, where each rank's home
-// rows begin, if these are where they go.
+// Stores this warp's outputs of the part's first slab.
 template <typename Cut, bool kGated>
 __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 2], const Outputs& o,
-                                              Staging<Cut>& s, const uint64_t* bases,
-                                              const Part& part) {
+                                              Staging<Cut>& s, const Part& part) {
   constexpr int kSlabOutputs = kGated ? kSlabRows / 2 : kSlabRows;
   const int thread = thread_read_anew();
   const int warp = thread % kWarpgroup / 32;
@@ -176,12 +148,10 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
   const int end = part.end_row - first;
   const int first_column = part.slab * kSlabOutputs +
                            (kGated ? 8 * (lane / 4) + 2 * warp : 4 * (lane / 4) + 32 * warp);
-  __nv_bfloat16* out = o.out + first * o.row_elements + first_column;
   wait_words();
-  __syncwarp();
-  const bool home = !kGated && o.homes.slots != nullptr;
-  if (home) find_homes(s, o.homes, part.end_row - part.first_row);
+  sync_warpgroup();
   const float alpha[2] = {s.alpha[0] * kUnscale, kGated ? s.alpha[1] * kUnscale : 0.0f};
+  __nv_bfloat16* out = o.out + first * o.row_elements + first_column;  // L1
   const bool clamped = kGated && o.clamp < __uint_as_float(0x7F800000u);
   const bool quantised = kGated && o.input_scale != nullptr;
   const float global_scale = quantised ? s.input_scale : 0.0f;
@@ -233,16 +203,14 @@ __device__ __forceinline__ void store_outputs(float (&acc)[2][Cut::kMaxTokens / 
       for (int t = 0; t < kTokens; ++t) {
         const int row = chunk * kChunk + 8 * (t / 2) + t % 2;
         if (row >= end) continue;
-        __nv_bfloat16* to = out + row * o.row_elements;
-        if (home) to = home_of(s.homes[row + 2 * (lane % 4)], bases, o.row_elements) + first_column;
         const auto pair = [&](int half) {
           return pair_of(sum(t, 0, half) * alpha[0], sum(t, 1, half) * alpha[0]);
         };
-        store_8(to, {pair(0), pair(1)});
+        store_8(s.rows[row + 2 * (lane % 4)] + 2 * first_column, {pair(0), pair(1)});
       }
     }
   }
-  __syncwarp();  // the next tile's scales are fetched into the same memory
+  sync_warpgroup();  // the next tile's scales are fetched into the same memory
 }
 
 }  // namespace megamoe::sm90

@@ -68,34 +68,25 @@ struct Problem {
 
 template <typename Cut>
 struct Shared {
-  Staging<Cut> staging[kWarps * Cut::kSlabs];  // of each consumer warp
+  Staging<Cut> staging[Cut::kSlabs];  // of each consumer warpgroup
   Barriers barriers;
-  Tile tiles[kMaxTiles];                       // under way, in turn
-  int token_rows;                              // of a stage
-  int plan[1];                                 // offsets[L + 1], first_tiles[L + 1], order[L]; then bases
+  Tile tiles[kMaxTiles];              // under way, in turn
+  int token_rows;                     // of a stage
+  int plan[1];                        // offsets[L + 1], first_tiles[L + 1], order[L]
 };
 
 // The ring has what is left of shared memory. TMA's 128-byte swizzle repeats every 1024 bytes.
 constexpr int kSwizzleBytes = 1024;
 constexpr int kMostExperts = 1024;  // megamoe_ep/prepack: MAX_EXPERTS
 template <typename Cut>
-MEGAMOE_HD constexpr int bases_at(int experts) {
-  return ceil_div(static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 1), 8) * 8;
+MEGAMOE_HD constexpr int ring_at(int experts) {
+  const int before = static_cast<int>(sizeof(Shared<Cut>)) + 4 * (3 * experts + 1);
+  return ceil_div(before, kSwizzleBytes) * kSwizzleBytes;
 }
-template <typename Cut>
-MEGAMOE_HD constexpr int ring_at(int experts, int ranks) {
-  return ceil_div(bases_at<Cut>(experts) + 8 * ranks, kSwizzleBytes) * kSwizzleBytes;
-}
-static_assert(ring_at<Few>(kMostExperts, kMostHomes) + 3 * stage_bytes<Few>(2 * Few::kMaxTokens) <= kSharedBytes);
-static_assert(ring_at<Many>(kMostExperts, kMostHomes) + 3 * stage_bytes<Many>(Many::kMaxTokens) <= kSharedBytes);
+static_assert(ring_at<Few>(kMostExperts) + 3 * stage_bytes<Few>(2 * Few::kMaxTokens) <= kSharedBytes);
+static_assert(ring_at<Many>(kMostExperts) + 3 * stage_bytes<Many>(Many::kMaxTokens) <= kSharedBytes);
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
-
-// Where each rank's home rows begin.
-template <typename Cut>
-__device__ __forceinline__ uint64_t* bases_of(int experts) {
-  return reinterpret_cast<uint64_t*>(shared_memory + bases_at<Cut>(experts));
-}
 
 template <typename Cut>
 __device__ __forceinline__ Shared<Cut>& shared() {
@@ -241,7 +232,7 @@ __device__ __forceinline__ int tokens_at(const Tile& tile, bool second) {
 
 template <typename Cut>
 __device__ __forceinline__ Ring make_ring(uint32_t barriers, const Problem& p) {
-  const int at = ring_at<Cut>(p.experts, p.outputs.homes.ranks);
+  const int at = ring_at<Cut>(p.experts);
   return Ring(shared_address(shared_memory + at), kSharedBytes - at, barriers,
               stage_bytes<Cut>(shared<Cut>().token_rows));
 }
@@ -324,13 +315,15 @@ __device__ __forceinline__ Part part_of(const Tile& tile, int warpgroup) {
 
 template <typename Cut>
 __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
-  Staging<Cut>& staging = shared<Cut>().staging[threadIdx.x / 32];
   const int stages = p.k / kStageK;
   wait(barriers, 0);  // for the first stage, before which all is planned
   // Of many, one warpgroup is some way behind the other: so one multiplies while the other stores.
   constexpr uint32_t kBehindNs = 1200;
   if (!Cut::kShares && threadIdx.x >= kWarpgroup) sleep(kBehindNs);
   Ring ring = make_ring<Cut>(barriers, p);
+  const auto staging = [&]() -> Staging<Cut>& {
+    return shared<Cut>().staging[thread_read_anew() / kWarpgroup];
+  };
   for (int turn = 0;; turn = (turn + 1) % kMaxTiles) {
     ring.wait_full();
     const Tile& tile = shared<Cut>().tiles[turn];
@@ -346,15 +339,15 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
       }
       continue;
     }
-    fetch_scales<Cut>(staging, p.outputs, part);
+    fetch_scales<Cut>(staging(), p.outputs, part);
     Accumulators<Cut> acc;
     const bool second = thread_read_anew() / kWarpgroup >= tile.first.slabs;
     accumulate<Cut>(acc, ring, tokens_at<Cut>(tile, second), stages, uniform(part.width));
     const Part same = my_part();  // anew, so that it takes no registers meanwhile
     if (p.outputs.gated) {
-      store_outputs<Cut, true>(acc, p.outputs, staging, nullptr, same);
+      store_outputs<Cut, true>(acc, p.outputs, staging(), same);
     } else {
-      store_outputs<Cut, false>(acc, p.outputs, staging, bases_of<Cut>(p.experts), same);
+      store_outputs<Cut, false>(acc, p.outputs, staging(), same);
     }
   }
 }
@@ -446,11 +439,6 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   if (warpgroup == Cut::kSlabs) {
 #pragma unroll 1
     for (int e = thread; e <= p.experts; e += kWarpgroup) offsets[e] = load_from_l2(p.offsets + e);
-    const Homes& homes = p.outputs.homes;
-#pragma unroll 1
-    for (int r = thread; r < homes.ranks; r += kWarpgroup) {
-      bases_of<Cut>(p.experts)[r] = static_cast<uint64_t>(homes.peers[r] + homes.home_rows);
-    }
   } else if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);

@@ -33,8 +33,10 @@ __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_syn
 // True in one lane of a warp, and known to be so to the compiler.
 __device__ __forceinline__ bool one_lane() { return cute::elect_one_sync(); }
 
-// Of the one warpgroup of a block that calls it.
-__device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+// Of the one warpgroup that this thread is in.
+__device__ __forceinline__ void sync_warpgroup() {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + thread_read_anew() / 128) : "memory");
+}
 
 template <int registers>
 __device__ __forceinline__ void give_registers_back() {
@@ -127,17 +129,18 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 }
 
 // To device memory, this GPU's or another's.
-__device__ __forceinline__ void store_8(void* p, uint2 v) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+__device__ __forceinline__ void store_8(int64_t address, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // Past L1, which need not have what another kernel has written.
 __device__ __forceinline__ int32_t load_from_l2(const int32_t* p) { return __ldcg(p); }
 
-// One float by this thread, into shared memory and not waited for.
+// A number of 4 or 8 bytes by this thread, into shared memory and not waited for.
 template <typename T>
 __device__ __forceinline__ void copy_word(T* to, const T* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+               "n"(sizeof(T))
                : "memory");
 }
 

@@ -35,16 +35,14 @@ using namespace megamoe::sm90;
 extern "C" void grouped_gemm_on_host(
     bool gated, bool few, int blocks, unsigned seed, int slow_producer, const uint16_t* rows,
     const float* row_scales, const int32_t* offsets, const uint8_t* weights, const float* alpha,
-    const float* input_scale, float clamp, __nv_bfloat16* out, const int32_t* slots,
-    const int64_t* peers, int64_t home_rows, int rows_of_rank, int ranks, int64_t all_rows,
+    const float* input_scale, float clamp, __nv_bfloat16* out, const int64_t* homes, int64_t all_rows,
     int experts, int n, int k) {
   dice.seed(seed);
   pauses.seed(seed);
   slow_warp = slow_producer < 0 ? -1 : 4 * (few ? Few::kSlabs : Many::kSlabs) + slow_producer;
   const Problem problem = {
       weights, offsets,
-      {gated, out, gated ? n / 2 : n, row_scales, alpha, input_scale, clamp,
-       {slots, peers, home_rows, static_cast<uint32_t>(rows_of_rank), ranks}},
+      {gated, out, gated ? n / 2 : n, homes, row_scales, alpha, input_scale, clamp},
       experts, n, k,
   };
   (few ? run<Few> : run<Many>)(problem, rows, all_rows, blocks);

@@ -51,7 +51,8 @@ inline uint32_t uniform(uint32_t x) {
 }
 inline bool one_lane() { return threadIdx.x % 32 == 5; }
 inline void sync_warpgroup() {
-  static host_cuda::Meeting meeting;
+  static host_cuda::Meeting meetings[8];
+  host_cuda::Meeting& meeting = meetings[threadIdx.x / 128];
   meeting.size = 128;
   host_cuda::meet(meeting, threadIdx.x % 128, 0);
 }
@@ -171,9 +172,9 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, u
   send(to, std::move(bytes), barrier);
 }
 
-inline void store_8(void* p, uint2 v) {
-  expect(reinterpret_cast<uintptr_t>(p) % 8 == 0, "a misaligned store");
-  memcpy(p, &v, 8);
+inline void store_8(int64_t address, uint2 v) {
+  expect(address % 8 == 0, "a misaligned store");
+  memcpy(reinterpret_cast<void*>(address), &v, 8);
 }
 inline int32_t load_from_l2(const int32_t* p) { return *p; }
 template <typename T>
