@@ -135,7 +135,7 @@ _SM90 = GemmKernels(
     GemmTiles(256, 176, 8, 132, 26, 277, parts=2),
     lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
     fused=True,
-    stores_home=True,
+    stores_home=cuda.STORES_HOME,
 )
 
 KERNELS = {
