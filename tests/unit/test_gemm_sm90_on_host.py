@@ -248,6 +248,16 @@ def test_a_producer_may_be_slow(kernel, slow, few):
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_barriers_are_what_tells_of_copies(kernel, few):
+    """Every case here fails where a thread cannot know what it goes by. If it heard of nothing, it
+    could know nothing."""
+    check(kernel, (9, 70), 128, 1024, "bf16", few=few)
+    assert kernel.be_deaf(True) == 0
+    check(kernel, (9, 70), 128, 1024, "bf16", few=few)
+    assert kernel.be_deaf(False) > 1000
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
 def test_rows_go_home(kernel, few):
     """To anywhere, with the same bits."""
     for counts, hidden in (((9, 0, 200, 33, 1), 384), ((47, 65), 256), ((3, 30), 128)):

@@ -1,12 +1,14 @@
 // Just enough of CUDA to run a kernel on the host: each thread of a block is a fiber, blocks run one
 // after another. Threads change places only where they meet (barriers, warp exchanges), so a kernel
-// behaves the same every time; what races on a GPU does not show here.
+// behaves the same every time. What races on a GPU shows here only where a test asks what a thread can
+// know (`Known`).
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -47,6 +49,17 @@ namespace host_cuda {
 constexpr int kMostThreads = 1024;
 constexpr int kStackBytes = 64 << 10;
 
+// What a thread knows to be over: of each warp all that it did before so many of its meetings, and whatever
+// else a test counts. Kept as vector clocks are: who hears of somebody knows what that one knew.
+struct Known {
+  static constexpr int kOthers = kMostThreads / 32;  // numbers from here on are the test's own
+  std::array<uint32_t, kOthers + 32> of{};
+
+  void hear(const Known& other) {
+    for (size_t i = 0; i < of.size(); ++i) of[i] = max(of[i], other.of[i]);
+  }
+};
+
 // Threads that meet: all of them leave with what each has brought. Two sets of places in turn, since
 // the first to leave may come to the next meeting before the last has looked at this one.
 struct Meeting {
@@ -54,6 +67,8 @@ struct Meeting {
   int arrived = 0;
   uint64_t round = 0;
   uint64_t brought[2][kMostThreads];
+  Known known[2];
+  uint32_t warps = 0;  // whose threads are here
 };
 
 struct Fiber {
@@ -66,7 +81,10 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers(kMostThreads);
 inline std::vector<Meeting> warps(kMostThreads / 32);
+inline std::vector<Meeting> warpgroups(kMostThreads / 128);
 inline Meeting block;
+inline std::vector<Known> known(kMostThreads);           // of each thread
+inline std::array<uint32_t, kMostThreads / 32> meetings;  // of each warp
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
 inline std::function<void(int)> before_block = [](int) {};  // what a test does meanwhile
@@ -78,13 +96,23 @@ inline void yield() {
 
 inline const uint64_t* meet(Meeting& meeting, int index, uint64_t value) {
   const uint64_t round = meeting.round;
+  const int thread = running;
+  Known& all_know = meeting.known[round % 2];
   meeting.brought[round % 2][index] = value;
+  meeting.warps |= 1u << thread / 32;
+  all_know.hear(known[thread]);
   if (++meeting.arrived == meeting.size) {
+    for (uint32_t left = meeting.warps; left; left &= left - 1) {
+      const int warp = std::countr_zero(left);
+      all_know.of[warp] = ++meetings[warp];
+    }
+    meeting.warps = 0;
     meeting.arrived = 0;
     ++meeting.round;
   } else {
     while (meeting.round == round) yield();
   }
+  known[thread] = all_know;
   return meeting.brought[round % 2];
 }
 
@@ -125,9 +153,11 @@ inline void launch(int blocks, int threads, int* shared, int64_t shared_bytes, i
   for (int b = 0; b < blocks; ++b) {
     before_block(b);
     memset(shared, 0x5a, shared_room);
-    for (int w = 0; w < threads / 32; ++w) warps[w].size = 32, warps[w].arrived = 0;
-    block.size = threads;
-    block.arrived = 0;
+    for (Meeting& warp : warps) warp = {.size = 32};
+    for (Meeting& warpgroup : warpgroups) warpgroup = {.size = 128};
+    block = {.size = threads};
+    std::fill(known.begin(), known.end(), Known{});
+    meetings = {};
     for (int t = 0; t < threads; ++t) {
       if (!fibers[t].stack) fibers[t].stack.reset(new char[kStackBytes]);
       fibers[t].started = fibers[t].done = false;

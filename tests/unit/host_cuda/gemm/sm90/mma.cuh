@@ -25,6 +25,7 @@ void multiply_add(float (&acc)[Size], const uint32_t (&a)[4], uint64_t tokens) {
   for (int i = 0; i < N / 2; ++i) {
     const int token = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
     double sum = acc[i];
+    for (int half = 0; half < 2; ++half) note_read(swizzled(first + 128 * token + 16 * half));
     for (int k = 0; k < 16; ++k) {
       uint16_t bits;
       memcpy(&bits, shared_at(swizzled(first + 128 * token + 2 * k), 2, 2), 2);
@@ -34,8 +35,9 @@ void multiply_add(float (&acc)[Size], const uint32_t (&a)[4], uint64_t tokens) {
   }
 }
 
-inline void begin_products() {}
-inline void wait_for_products() {}
+// A warp's threads all come to these.
+inline void begin_products() { __syncwarp(); }
+inline void wait_for_products() { __syncwarp(); }
 
 template <int Size>
 void pin(float (&)[Size]) {}

@@ -1,7 +1,10 @@
 // csrc/gemm/sm90/ptx.cuh for the host. Copies are asynchronous: each arrives while somebody waits, in
-// any order, and what it is going to overwrite is spoilt when it is asked for.
+// any order, and what it is going to overwrite is spoilt when it is asked for. And it is not enough that
+// all goes well: who reads what a copy has brought must know that it is there, by barriers alone, and who
+// asks for a copy that nobody reads any more what it overwrites.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <random>
 
@@ -51,10 +54,7 @@ inline uint32_t uniform(uint32_t x) {
 }
 inline bool one_lane() { return threadIdx.x % 32 == 5; }
 inline void sync_warpgroup() {
-  static host_cuda::Meeting meetings[8];
-  host_cuda::Meeting& meeting = meetings[threadIdx.x / 128];
-  meeting.size = 128;
-  host_cuda::meet(meeting, threadIdx.x % 128, 0);
+  host_cuda::meet(host_cuda::warpgroups[threadIdx.x / 128], threadIdx.x % 128, 0);
 }
 template <int registers>
 void give_registers_back() {}
@@ -66,13 +66,17 @@ void take_registers() {}
 struct Barrier {
   uint32_t arrivals;
   uint32_t missing;
+  int number;         // by which Known counts its phases
   int64_t bytes = 0;  // expected and not there yet
   uint32_t phase = 0;
+  host_cuda::Known arrived = {};  // what those knew who have arrived ...
+  host_cuda::Known over = {};     // ... in phases that are over
 
   void look() {
     if (missing || bytes) return;
     missing = arrivals;
-    ++phase;
+    over = arrived;
+    over.of[number] = ++phase;
   }
 };
 
@@ -93,8 +97,57 @@ inline Barrier& barrier_at(uint32_t address) {
 }
 
 inline void init_barrier(uint32_t address, uint32_t arrivals) {
+  const int number = host_cuda::Known::kOthers + static_cast<int>(all_barriers.size());
+  all_barriers[address] = {arrivals, arrivals, number};
+}
+
+// What has been done to 16 bytes of shared memory.
+struct Granule {
+  std::array<uint32_t, host_cuda::kMostThreads / 32> read;  // by each warp, before so many of its meetings
+  int barrier;     // of the copy to them, 0 if there was none
+  uint32_t phase;  // with which it is there
+};
+inline std::vector<Granule> granules(kSharedBytes / 16);
+inline bool deaf = false;  // who waits for a barrier learns nothing, and what it cannot know is counted
+inline int unknown = 0;
+
+inline void expect_known(bool truth, const char* what) {
+  if (!truth && deaf) {
+    ++unknown;
+  } else {
+    expect(truth, what);
+  }
+}
+
+inline host_cuda::Known& known() { return host_cuda::known[threadIdx.x]; }
+
+inline Granule& granule_at(uint32_t address) {
+  Granule& granule = granules[(address - kSharedBegin) / 16];
+  expect_known(granule.barrier == 0 || known().of[granule.barrier] >= granule.phase,
+               "cannot know that the last copy is there");
+  return granule;
+}
+
+inline void note_read(uint32_t address) {
+  const int warp = threadIdx.x / 32;
+  granule_at(address).read[warp] = host_cuda::meetings[warp] + 1;
+}
+
+inline void note_copy(uint32_t to, uint32_t bytes, const Barrier& barrier) {
+  for (uint32_t at = to; at < to + bytes; at += 16) {
+    Granule& granule = granule_at(at);
+    for (size_t warp = 0; warp < granule.read.size(); ++warp) {
+      expect_known(granule.read[warp] <= known().of[warp], "cannot know that nobody reads this any more");
+    }
+    granule = {{}, barrier.number, barrier.phase + 1};
+  }
+}
+
+// Before each block.
+inline void forget() {
   expect(copies.empty(), "copies of the block before are still on their way");
-  all_barriers[address] = {arrivals, arrivals};
+  all_barriers.clear();
+  std::fill(granules.begin(), granules.end(), Granule{});
 }
 
 inline void show_barriers() {}
@@ -105,6 +158,7 @@ inline std::minstd_rand pauses;
 inline void arrive(uint32_t address) {
   Barrier& barrier = barrier_at(address);
   expect(barrier.missing > 0, "an arrival too many");
+  barrier.arrived.hear(known());
   --barrier.missing;
   barrier.look();
   for (int pause = pauses() % 64 == 0 ? 300 : 0; pause > 0; --pause) host_cuda::yield();
@@ -137,6 +191,7 @@ inline void wait(uint32_t address, uint32_t parity) {
       host_cuda::yield();
     }
   }
+  if (!deaf) known().hear(barrier_at(address).over);
 }
 
 inline void wait_patiently(uint32_t address, uint32_t parity) { wait(address, parity); }
@@ -149,6 +204,7 @@ constexpr uint64_t kEvictLast = 0;
 inline void prefetch_map(const CUtensorMap*) {}
 
 inline void send(uint32_t to, std::vector<uint8_t> bytes, uint32_t barrier) {
+  note_copy(to, bytes.size(), barrier_at(barrier));
   memset(shared_at(to, bytes.size(), 16), 0xff, bytes.size());
   copies.push_back({barrier, to, std::move(bytes)});
 }
@@ -177,19 +233,30 @@ inline void store_8(int64_t address, uint2 v) {
   memcpy(reinterpret_cast<void*>(address), &v, 8);
 }
 inline int32_t load_from_l2(const int32_t* p) { return *p; }
+
+// They are there when the thread has waited for them, and not before.
+inline std::vector<std::function<void()>> words[host_cuda::kMostThreads];
 template <typename T>
-void copy_word(T* to, const T* from) { *to = *from; }
-inline void wait_words() {}
+void copy_word(T* to, const T* from) {
+  memset(to, 0xff, sizeof(T));
+  words[threadIdx.x].push_back([=] { *to = *from; });
+}
+inline void wait_words() {
+  for (const auto& bring : words[threadIdx.x]) bring();
+  words[threadIdx.x].clear();
+}
 
 inline void sleep(uint32_t) {}
 
 inline uint2 load_shared_8(uint32_t address) {
+  note_read(address);
   uint2 v;
   memcpy(&v, shared_at(address, 8, 8), 8);
   return v;
 }
 
 inline uint4 load_shared_16(uint32_t address) {
+  note_read(address);
   uint4 v;
   memcpy(&v, shared_at(address, 16, 16), 16);
   return v;
