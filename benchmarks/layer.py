@@ -95,7 +95,10 @@ def measure(
 
     for phase in ("dispatch", "combine"):
         nbytes = row[f"{phase}_wire_bytes"]
-        row[f"{phase}_wire_gbps"] = nbytes / row[f"{phase}_us"] / 1e3
+        us = row[f"{phase}_us"]
+        if phase == "combine" and stores_home:
+            us += row["l2_us"]  # in which they go
+        row[f"{phase}_wire_gbps"] = nbytes / us / 1e3
         send = [us for name, us in kernels_us.items() if f"{phase}_send" in name]
         (slowest,) = meter.over_ranks([send[0] if send else 0.0])
         row[f"{phase}_send_wire_gbps"] = nbytes / slowest / 1e3 if slowest else None
