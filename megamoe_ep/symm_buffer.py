@@ -37,7 +37,7 @@ class Workspace:
 
     rows: torch.Tensor  # bf16 [R, H], R = world_size * max_num_tokens * top_k
     row_scales: torch.Tensor  # fp32 [R], global scale of the row's activation; 1 in bf16 format
-    row_slot: torch.Tensor  # int32 [R], (rank * T + its token) * K + slot; not filled by csrc
+    row_slot: torch.Tensor  # int32 [R], (source * T + index in its block) * K + slot; not csrc's
     expert_offsets: torch.Tensor  # int32 [L + 1], first row of each local expert
     h: torch.Tensor  # bf16 [R, I]
 

@@ -149,9 +149,7 @@ def _lay_out_rows(buffer: SymmBuffer, counts: list[int], recv_stats: torch.Tenso
 
     per_expert = expert.bincount(minlength=shape.experts_per_rank)
     work.expert_offsets[1:] = per_expert.cumsum(0)
-    source = index // shape.max_num_tokens
-    token = source * shape.max_num_tokens + local.recv_token.flatten()[index]
-    work.row_slot[: len(index)] = token * shape.top_k + slot
+    work.row_slot[: len(index)] = index * shape.top_k + slot
     x = local.recv_x.flatten(0, 1)[index]
     if shape.activation_format == "nvfp4":
         work.rows[: len(index)] = nvfp4.dequantize(x, local.recv_x_sf.flatten(0, 1)[index])
@@ -352,10 +350,11 @@ def combined_differently(rank: int) -> LayerMismatchError:
 
 
 def _send_rows_home(buffer: SymmBuffer) -> None:
-    shape, work = buffer.shape, buffer.workspace
+    shape, local, work = buffer.shape, buffer.local, buffer.workspace
     row_slot = work.row_slot[: int(work.expert_offsets[-1])]
-    slots_of_rank = shape.max_num_tokens * shape.top_k
-    source, target = row_slot // slots_of_rank, row_slot % slots_of_rank
+    index, slot = row_slot // shape.top_k, row_slot % shape.top_k
+    target = local.recv_token.flatten()[index] * shape.top_k + slot
+    source = index // shape.max_num_tokens
     for r in _others_last_self(buffer.rank, shape.world_size):
         chosen = (source == r).nonzero().squeeze(1)
         _put_rows(buffer, r, target[chosen], work.rows[chosen])
@@ -364,9 +363,7 @@ def _send_rows_home(buffer: SymmBuffer) -> None:
 def _send_sums_home(buffer: SymmBuffer) -> None:
     shape, local, work = buffer.shape, buffer.local, buffer.workspace
     row_slot = work.row_slot[: int(work.expert_offsets[-1])]
-    token, place = torch.unique(row_slot // shape.top_k, return_inverse=True)
-    source, token = token // shape.max_num_tokens, token % shape.max_num_tokens
-    index = _places(buffer)[source, token]
+    index, place = torch.unique(row_slot // shape.top_k, return_inverse=True)
     row_of = torch.full((len(index), shape.top_k), -1, device=buffer.device)
     row_of[place, (row_slot % shape.top_k).long()] = torch.arange(
         len(row_slot), device=buffer.device
@@ -381,22 +378,11 @@ def _send_sums_home(buffer: SymmBuffer) -> None:
     ordinal = _distinct_owners_below(
         local.recv_topk_idx.flatten(0, 1)[index], shape.experts_per_rank, buffer.rank
     )
-    target = token * shape.top_k + ordinal
+    target = local.recv_token.flatten()[index] * shape.top_k + ordinal
+    source = index // shape.max_num_tokens
     for r in _others_last_self(buffer.rank, shape.world_size):
         chosen = (source == r).nonzero().squeeze(1)
         _put_rows(buffer, r, target[chosen], sums[chosen])
-
-
-def _places(buffer: SymmBuffer) -> torch.Tensor:
-    """int64 [W, T]: where a rank's token lies among all that have come in, if it has."""
-    shape, local = buffer.shape, buffer.local
-    places = torch.full((shape.world_size, shape.max_num_tokens), -1, device=buffer.device)
-    for s, flag in enumerate(local.dispatch_flags.tolist()):
-        count = flag & EPOCH_MASK
-        first = s * shape.max_num_tokens
-        tokens = local.recv_token[s, :count].long()
-        places[s, tokens] = torch.arange(first, first + count, device=buffer.device)
-    return places
 
 
 def _distinct_owners_below(

@@ -164,9 +164,9 @@ def test_every_arrow_equals_the_portable_one(group, buffers, sizes, form):
         a, b = ours.workspace, theirs.workspace
         assert_same(a.expert_offsets, b.expert_offsets, "expert_offsets")
         rows = int(b.expert_offsets[-1])
-        rank, place = (f(b.row_slot[:rows], shape.max_num_tokens * shape.top_k)
-                       for f in (torch.floor_divide, torch.remainder))  # fmt: skip
-        expected = ours.peer_ptrs[rank] + shape.regions["home_rows"].offset
+        index, slot = b.row_slot[:rows] // shape.top_k, b.row_slot[:rows] % shape.top_k
+        expected = ours.peer_ptrs[index // shape.max_num_tokens] + shape.regions["home_rows"].offset
+        place = theirs.recv_token.flatten()[index] * shape.top_k + slot
         expected += place * 2 * shape.hidden_size
         assert_same(comm().homes(ours)[:rows], expected, "homes")
         assert_same(a.rows[:rows], b.rows[:rows], "rows")

@@ -364,9 +364,11 @@ def test_every_arrow_equals_the_portable_one(kernels) -> None:
                 assert_same(a.local.dispatch_flags, b.local.dispatch_flags, "flags")
                 assert_same(a.local.epoch, b.local.epoch, "epoch")
                 assert_same(a.workspace.expert_offsets, b.workspace.expert_offsets, "offsets")
-                slots_of_rank = shape.max_num_tokens * shape.top_k
-                slots = b.workspace.row_slot[:rows].tolist()
-                assert homes_of(cuda[r]) == [divmod(slot, slots_of_rank) for slot in slots]
+                row_slot = b.workspace.row_slot[:rows]
+                index, slot = row_slot // shape.top_k, row_slot % shape.top_k
+                place = b.local.recv_token.flatten()[index] * shape.top_k + slot
+                to = index // shape.max_num_tokens
+                assert homes_of(cuda[r]) == list(zip(to.tolist(), place.tolist(), strict=True))
                 for name in WORKSPACE:
                     if name != "row_scales" or shape.activation_format == "nvfp4":
                         assert_same(

@@ -231,8 +231,8 @@ __device__ __forceinline__ int tokens_at(const Tile& tile, bool second) {
 }
 
 template <typename Cut>
-__device__ __forceinline__ Ring make_ring(uint32_t barriers, const Problem& p) {
-  const int at = ring_at<Cut>(p.experts);
+__device__ __forceinline__ Ring make_ring(uint32_t barriers, int experts) {
+  const int at = ring_at<Cut>(experts);
   return Ring(shared_address(shared_memory + at), kSharedBytes - at, barriers,
               stage_bytes<Cut>(shared<Cut>().token_rows));
 }
@@ -320,7 +320,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
   // Of many, one warpgroup is some way behind the other: so one multiplies while the other stores.
   constexpr uint32_t kBehindNs = 1200;
   if (!Cut::kShares && threadIdx.x >= kWarpgroup) sleep(kBehindNs);
-  Ring ring = make_ring<Cut>(barriers, p);
+  Ring ring = make_ring<Cut>(barriers, p.experts);
   const auto staging = [&]() -> Staging<Cut>& {
     return shared<Cut>().staging[thread_read_anew() / kWarpgroup];
   };
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
     give_registers_back<Block<Cut>::kProducerRegisters>();
     const Walk<Cut> walk({offsets, first_tiles, order}, p.experts, p.n / kSlabRows,
                          static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    const Ring ring = make_ring<Cut>(barriers, p);
+    const Ring ring = make_ring<Cut>(barriers, p.experts);
     if (one_lane()) produce<Cut>(p, maps, ring, walk, thread / 32);
   } else {
     take_registers<Block<Cut>::kConsumerRegisters>();
