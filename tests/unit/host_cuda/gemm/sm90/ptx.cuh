@@ -87,7 +87,8 @@ struct Copy {
 };
 
 inline std::map<uint32_t, Barrier> all_barriers;
-inline std::vector<Copy> copies;  // on their way
+inline std::vector<Copy> copies;                                          // on their way
+inline std::vector<std::function<void()>> words[host_cuda::kMostThreads];  // to each thread, which has to wait
 inline std::minstd_rand dice;
 
 inline Barrier& barrier_at(uint32_t address) {
@@ -146,6 +147,7 @@ inline void note_copy(uint32_t to, uint32_t bytes, const Barrier& barrier) {
 // Before each block.
 inline void forget() {
   expect(copies.empty(), "copies of the block before are still on their way");
+  for (const auto& of_thread : words) expect(of_thread.empty(), "words have not been waited for");
   all_barriers.clear();
   std::fill(granules.begin(), granules.end(), Granule{});
 }
@@ -234,8 +236,6 @@ inline void store_8(int64_t address, uint2 v) {
 }
 inline int32_t load_from_l2(const int32_t* p) { return *p; }
 
-// They are there when the thread has waited for them, and not before.
-inline std::vector<std::function<void()>> words[host_cuda::kMostThreads];
 template <typename T>
 void copy_word(T* to, const T* from) {
   memset(to, 0xff, sizeof(T));
