@@ -129,11 +129,6 @@ __device__ __forceinline__ void decode(uint32_t word, uint32_t scales, uint32_t 
   a[3] = product(codes_of<3>(word, turned), r8);
 }
 
-// Lets the producer have a stage back, once every consumer warp has said so.
-__device__ __forceinline__ void release(uint32_t empty) {
-  if (threadIdx.x % 32 == 0) arrive(empty);
-}
-
 template <typename Cut>
 using Accumulators = float[kStrips][Cut::kMaxTokens / 2];
 
@@ -203,7 +198,7 @@ __device__ __forceinline__ void accumulate(Accumulators<Cut>& acc, Ring& ring, i
       }
       wait_for_products();
     }
-    release(empty);
+    arrive(empty);  // each thread for itself: it is its own reads that must be over
   }
   pin(acc[0]);
   pin(acc[1]);
@@ -333,8 +328,7 @@ __device__ __forceinline__ void consume(const Problem& p, uint32_t barriers) {
     if (part.slabs <= 0) {
       for (int stage = 0; stage < stages; ++stage) {
         ring.wait_full();
-        __syncwarp();  // so that no lane looks a turn of the ring too late
-        release(ring.empty());
+        arrive(ring.empty());
         ring.advance();
       }
       continue;
@@ -442,7 +436,7 @@ __global__ void __launch_bounds__(kThreads<Cut>, 1)
   } else if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
       init_barrier(barriers + 8 * s, 1);
-      init_barrier(barriers + 8 * (kMaxStages + s), kWarps * Cut::kSlabs);
+      init_barrier(barriers + 8 * (kMaxStages + s), kWarpgroup * Cut::kSlabs);
     }
     show_barriers();
   }

@@ -43,7 +43,7 @@ constexpr int kMaxTiles = kMaxStages + 1;
 
 struct Barriers {
   uint64_t full[kMaxStages];   // one arrival, and the bytes of a stage
-  uint64_t empty[kMaxStages];  // one arrival of each consumer warp
+  uint64_t empty[kMaxStages];  // one arrival of each consumer thread
 };
 
 // A place in the ring, and in time.
