@@ -132,7 +132,7 @@ class GemmKernels:
 # tests/unit/test_sass.py counts the instructions.
 _SM90 = GemmKernels(
     GemmTiles(128, 48, 8, 132, 26, 132, run=4, alike=16),
-    GemmTiles(256, 176, 8, 132, 26, 277, parts=2),
+    GemmTiles(256, 176, 8, 132, 26, 278, parts=2),
     lambda s: cuda.is_few(s.max_num_tokens * s.top_k, s.experts_per_rank),
     fused=True,
     stores_home=cuda.STORES_HOME,
